@@ -97,9 +97,8 @@ def test_flops_equal_those_that_torch_counts(name):
     num_tokens = 24
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, num_tokens, dtype=torch.long), use_cache=False)
-    rope = num_tokens * arch.head_dim  # positions times frequencies, which we leave out
     expected = num_tokens * arch.flops_per_token(num_tokens).total
-    assert counter.get_total_flops() == expected + rope
+    assert counter.get_total_flops() == expected
 
 
 def test_published_config_files_are_read(shared):
