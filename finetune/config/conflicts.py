@@ -1,0 +1,209 @@
+"""What no single section can see: impossible combinations, and settings without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from finetune.config.train import SCHEDULER_KWARGS
+
+if TYPE_CHECKING:
+    from finetune.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A finding over several settings.
+
+    Args:
+        paths: the settings involved, as `section.key`; the first is where it is reported.
+        message: what was found, what is allowed.
+    """
+
+    paths: tuple[str, ...]
+    message: str
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """A setting that has an effect only under a condition, which `condition` puts in words."""
+
+    section: str
+    keys: tuple[str, ...]
+    has_effect: Callable[[RunConfig], bool]
+    on: str
+    condition: str
+
+
+DEPENDENCES = (
+    Dependence(
+        "adapter",
+        ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"),
+        lambda config: config.adapter.method != "none",
+        "adapter.method",
+        "without an adapter (adapter.method: none)",
+    ),
+    Dependence(
+        "base",
+        ("revision",),
+        lambda config: config.base.is_hub_id,
+        "base.path",
+        "where base.path is not a hub id",
+    ),
+    Dependence(
+        "data",
+        ("chat_format", "date_string", "train_on"),
+        lambda config: config.recipe != "pretrain",
+        "recipe",
+        "on plain text (recipe: pretrain)",
+    ),
+    Dependence(
+        "train",
+        ("adam_beta1", "adam_beta2", "adam_epsilon"),
+        lambda config: config.train.optim != "sgd",
+        "train.optim",
+        "with train.optim: sgd",
+    ),
+    Dependence(
+        "train",
+        ("eval_steps",),
+        lambda config: bool(config.data.heldout) or config.data.heldout_fraction is not None,
+        "data.heldout",
+        "without held-out rows (data.heldout or data.heldout_fraction)",
+    ),
+)
+
+
+def without_effect(config: RunConfig) -> dict[str, Dependence]:
+    """The settings, as `section.key`, that have no effect in this config, and why."""
+    return {
+        f"{dependence.section}.{key}": dependence
+        for dependence in DEPENDENCES
+        if not dependence.has_effect(config)
+        for key in dependence.keys
+    }
+
+
+_FORMATS = {
+    "sft": ("auto", "alpaca", "messages", "prompt_completion"),
+    "pretrain": ("auto", "text"),
+}
+
+
+def find_conflicts(config: RunConfig) -> list[Conflict]:
+    """Every impossible combination and every setting that was given and has no effect."""
+    checks = (_idle_settings, _base, _adapter, _sources, _overflow, _length, _schedule, _precision)
+    return [conflict for check in checks for conflict in check(config)]
+
+
+def _idle_settings(config: RunConfig) -> Iterator[Conflict]:
+    for path, dependence in without_effect(config).items():
+        section, key = path.split(".")
+        if getattr(config, section).was_given(key):
+            message = f"has no effect {dependence.condition}; leave it out"
+            yield Conflict((path, dependence.on), message)
+
+
+def _base(config: RunConfig) -> Iterator[Conflict]:
+    base, either = config.base, ("base.path", "base.architecture")
+    if base.path is not None and base.architecture is not None:
+        yield Conflict(either, "found base.architecture as well; exactly one of the two is allowed")
+    if base.path is None and base.architecture is None:
+        yield Conflict(
+            either,
+            "missing; allowed: a hub id, a Hugging Face folder or a Meta folder"
+            " (or base.architecture: a preset or a mapping, for random weights)",
+        )
+    if base.architecture is not None and base.tokenizer is None:
+        yield Conflict(
+            ("base.tokenizer", "base.architecture", "base.path"),
+            "missing; base.architecture brings no tokenizer: name a tokenizer folder or file",
+        )
+
+
+def _adapter(config: RunConfig) -> Iterator[Conflict]:
+    if config.adapter.method == "none" and config.base.quantization != "none":
+        yield Conflict(
+            ("base.quantization", "adapter.method"),
+            f"found {config.base.quantization} with adapter.method: none; quantised weights cannot"
+            " be trained: allowed: none, or an adapter (adapter.method: lora)",
+        )
+
+
+def _sources(config: RunConfig) -> Iterator[Conflict]:
+    data = config.data
+    allowed = _FORMATS[config.recipe]
+    for key in ("train", "heldout"):
+        for source in getattr(data, key):
+            if source.format not in allowed:
+                message = f"found format {source.format} ({source.path}) with recipe"
+                message += f" {config.recipe}; allowed: {', '.join(allowed)}"
+                yield Conflict((f"data.{key}", "recipe"), message)
+    if not data.train:
+        yield Conflict(("data.train",), "missing; allowed: a .json or .jsonl file, or a list")
+    if data.heldout and data.heldout_fraction is not None:
+        yield Conflict(
+            ("data.heldout_fraction", "data.heldout"),
+            "found data.heldout as well; at most one of the two is allowed",
+        )
+    trained = {PurePath(source.path) for source in data.train}
+    for source in data.heldout:
+        if PurePath(source.path) in trained:
+            message = f"found {source.path} in data.train as well; held-out rows are never trained"
+            yield Conflict(("data.heldout", "data.train"), message)
+
+
+def _overflow(config: RunConfig) -> Iterator[Conflict]:
+    if config.recipe == "sft" and config.data.on_overflow == "split":
+        yield Conflict(
+            ("data.on_overflow", "recipe"),
+            "found split with recipe sft; a split conversation loses its question:"
+            " allowed: drop, error (split is for recipe pretrain)",
+        )
+
+
+def _length(config: RunConfig) -> Iterator[Conflict]:
+    train = config.train
+    if train.max_steps is not None and train.num_train_epochs is not None:
+        yield Conflict(
+            ("train.max_steps", "train.num_train_epochs"),
+            "found train.num_train_epochs as well; exactly one of the two is allowed",
+        )
+
+
+def _schedule(config: RunConfig) -> Iterator[Conflict]:
+    train, given = config.train, set(config.train.lr_scheduler_kwargs)
+    name, paths = train.lr_scheduler_type, ("train.lr_scheduler_kwargs", "train.lr_scheduler_type")
+    allowed = SCHEDULER_KWARGS[name]
+    if given - set(allowed):
+        found = ", ".join(sorted(given - set(allowed)))
+        may = ", ".join(allowed) or "none"
+        yield Conflict(paths, f"found {found} with schedule {name}; allowed: {may}")
+    if name == "cosine_with_min_lr" and len(given & {"min_lr", "min_lr_rate"}) != 1:
+        yield Conflict(paths, f"schedule {name} needs exactly one of min_lr, min_lr_rate")
+    if name == "warmup_stable_decay" and "num_decay_steps" not in given:
+        yield Conflict(paths, f"schedule {name} needs num_decay_steps")
+    if name == "constant" and train.warmup_steps:
+        yield Conflict(
+            ("train.warmup_steps", "train.lr_scheduler_type"),
+            f"found {train.warmup_steps} with schedule constant, which has no warm-up;"
+            " allowed: 0, or train.lr_scheduler_type: constant_with_warmup",
+        )
+
+
+def _precision(config: RunConfig) -> Iterator[Conflict]:
+    if config.base.dtype != "float16":
+        return
+    if config.adapter.method == "none":
+        yield Conflict(
+            ("base.dtype", "adapter.method"),
+            "found float16 with adapter.method: none; small updates of float16 weights are lost:"
+            " allowed: float32, bfloat16",
+        )
+    if config.train.bf16 is True:
+        yield Conflict(
+            ("train.bf16", "base.dtype"),
+            "found true with base.dtype: float16; allowed: auto, false",
+        )
