@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from finetune.config.section import Section, Text
-
-ArchitectureValue = str | int | float | bool | dict[str, str | int | float | bool | None] | None
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -19,7 +17,7 @@ class BaseSection(Section):
     path: Text | None = None
     """A hub id, a Hugging Face folder or a Meta folder. Exactly one of `path`, `architecture`."""
 
-    architecture: Text | dict[str, ArchitectureValue] | None = None
+    architecture: Text | dict[str, Any] | None = None
     """Random weights: a preset's name, or a mapping of hyperparameters (`preset` may be one)."""
 
     revision: Text | None = None

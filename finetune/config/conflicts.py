@@ -8,6 +8,8 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from finetune.config.train import SCHEDULER_KWARGS
+from finetune.errors import InputError
+from finetune.llama.architecture import HUB_IDS, Architecture, architecture_of
 
 if TYPE_CHECKING:
     from finetune.config.schema import RunConfig
@@ -94,7 +96,17 @@ _FORMATS = {
 
 def find_conflicts(config: RunConfig) -> list[Conflict]:
     """Every impossible combination and every setting that was given and has no effect."""
-    checks = (_idle_settings, _base, _adapter, _sources, _overflow, _length, _schedule, _precision)
+    checks = (
+        _idle_settings,
+        _base,
+        _architecture,
+        _adapter,
+        _sources,
+        _overflow,
+        _length,
+        _schedule,
+        _precision,
+    )
     return [conflict for check in checks for conflict in check(config)]
 
 
@@ -121,6 +133,38 @@ def _base(config: RunConfig) -> Iterator[Conflict]:
             ("base.tokenizer", "base.architecture", "base.path"),
             "missing; base.architecture brings no tokenizer: name a tokenizer folder or file",
         )
+
+
+def _architecture(config: RunConfig) -> Iterator[Conflict]:
+    given = config.base.architecture
+    preset = given.get("preset") if isinstance(given, dict) else None
+    if preset is not None and not isinstance(preset, str):
+        yield Conflict(
+            ("base.architecture.preset", "base.architecture"),
+            f"found {preset!r}; allowed: a preset's name",
+        )
+        return
+    try:
+        architecture = _known_architecture(config)
+    except InputError as error:
+        for finding in error.findings:
+            where, _, message = finding.partition(": ")
+            yield Conflict((f"base.{where}", "base.architecture"), message)
+        return
+    if architecture is not None and config.data.max_length > architecture.context:
+        yield Conflict(
+            ("data.max_length", "base.architecture", "base.path"),
+            f"found {config.data.max_length}; allowed: at most {architecture.context},"
+            " the context of the base, in tokens",
+        )
+
+
+def _known_architecture(config: RunConfig) -> Architecture | None:
+    """The base's shape where the config alone says it: given, or a documented hub id."""
+    if config.base.architecture is not None:
+        return architecture_of(config.base.architecture)
+    preset = HUB_IDS.get(config.base.path or "")
+    return architecture_of(preset) if preset else None
 
 
 def _adapter(config: RunConfig) -> Iterator[Conflict]:

@@ -167,9 +167,14 @@ _SIGNS = (
 
 
 def _path_in(values: Any, loc: Iterable[str | int]) -> Path:
-    """The part of pydantic's location that exists in the tree (the rest names union members)."""
+    """The part of pydantic's location that exists in the tree.
+
+    The rest names members of a union, or the position in a list where one value stands for it.
+    """
     path: list[str] = []
     for part in loc:
+        if isinstance(part, int) and not isinstance(values, list):
+            continue
         if isinstance(values, Mapping) and part in values:
             values = values[part]
         elif isinstance(values, list) and isinstance(part, int) and part < len(values):

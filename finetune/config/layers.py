@@ -165,24 +165,25 @@ def read_overrides(overrides: Sequence[str], under: Tree) -> Tree:
 def _put(layer: Tree, under: Tree, path: tree.Path, value: Any, where: str) -> None:
     """Sets one path of the override layer; a deeper one works on a copy of what is below."""
     if len(path) > 2:
-        below = _chosen(under.values, (path[0], path[1]))
-        section = layer.values.setdefault(path[0], {})
-        if isinstance(below, dict) and path[1] not in section:
-            section[path[1]] = copy.deepcopy(below)
-            kept = {
-                known: origin for known, origin in under.origins.items() if known[:2] == path[:2]
-            }
-            layer.origins.update(kept)
-        elif below is not None and not isinstance(below, dict):
-            layer.findings.append(
-                f"{where}: {'.'.join(path[:2])} is {below!r}, not a mapping; give the whole value"
-            )
-            return
+        _copy_up(layer, under, (path[0], path[1]))
     target = layer.values
-    for name in path[:-1]:
+    for depth, name in enumerate(path[:-1], start=1):
         target = target.setdefault(name, {})
         if not isinstance(target, dict):
-            layer.findings.append(f"{where}: found inside a value that is not a mapping")
+            outer = ".".join(path[:depth])
+            message = f"{where}: {outer} is {target!r}, not a mapping; give {outer} as a whole"
+            layer.findings.append(message)
             return
     target[path[-1]] = value
     layer.origins[path] = "override"
+
+
+def _copy_up(layer: Tree, under: Tree, path: tuple[str, str]) -> None:
+    """Takes a value and its origins from below into a layer that does not have it yet."""
+    below = _chosen(under.values, path)
+    section = layer.values.setdefault(path[0], {})
+    if below is None or not isinstance(section, dict) or path[1] in section:
+        return
+    section[path[1]] = copy.deepcopy(below)
+    kept = {known: origin for known, origin in under.origins.items() if known[:2] == path}
+    layer.origins.update(kept)

@@ -33,7 +33,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     """
     path = Path(path)
     tree = layers.read_file(path)
+    readable = bool(tree.values) or not tree.findings
     layers.lay_over(tree, layers.read_overrides(overrides, tree))
+    if not readable:
+        raise InputError(tree.findings)
     _name_after_file(tree, path)
     check = _Check(tree, path)
     config = check.run()
@@ -77,8 +80,6 @@ class _Check:
 
     def run(self) -> RunConfig:
         """The config; only whole where there are no findings."""
-        if not self.tree.values or (self.findings and set(self.tree.values) == {"run"}):
-            return self.partial({})
         self.unknown_sections()
         parts: dict[str, Any] = {name: self.section(name) for name in SECTIONS}
         parts["recipe"] = self.recipe()
