@@ -102,7 +102,9 @@ def test_committed_rows_are_what_the_scripts_write(tmp_path):
 
 def test_row_counts():
     train, heldout, probes = rows_of("train"), rows_of("heldout"), rows_of("probe")
-    assert len(train) >= 3000 and len(heldout) >= 500 and len(probes) >= 500
+    assert len(train) >= 3000
+    assert len(heldout) >= 500
+    assert len(probes) >= 500
     assert len(Counter(row["family"] for row in train)) >= 16
     assert {row["family"] for row in train} == {row["family"] for row in heldout}
     kinds = Counter(row["template"] for row in heldout)

@@ -11,6 +11,7 @@ class Commutative(Family):
     """A held pair is in the corpus only the other way round, and never both ways held."""
 
     def is_held(self, item: Item) -> bool:
+        """True for a held pair whose other order is not held."""
         one, other = item["a"], item["b"]
         return hash_holds(f"{self.name}|{one}|{other}") and not hash_holds(
             f"{self.name}|{other}|{one}"
@@ -18,17 +19,20 @@ class Commutative(Family):
 
 
 def draw_add(rng: Random) -> Item:
+    """Two numbers up to 15 and their sum."""
     one, other = rng.randint(1, 15), rng.randint(1, 15)
     return {"key": f"{one} {other}", "a": str(one), "b": str(other), "answer": str(one + other)}
 
 
 def draw_subtract(rng: Random) -> Item:
+    """Two numbers up to 20 and their positive difference."""
     one = rng.randint(2, 20)
     other = rng.randint(1, one - 1)
     return {"key": f"{one} {other}", "a": str(one), "b": str(other), "answer": str(one - other)}
 
 
 def draw_compare(rng: Random) -> Item:
+    """Two numbers up to 99 and the larger or the smaller one."""
     one, other = rng.sample(range(1, 100), 2)
     relation, chosen = rng.choice((("larger", max), ("smaller", min)))
     key = "{} {}".format(*sorted((one, other)))
@@ -37,6 +41,7 @@ def draw_compare(rng: Random) -> Item:
 
 
 def draw_sort(rng: Random) -> Item:
+    """Three numbers up to 99 and their order."""
     numbers = rng.sample(range(1, 100), 3)
     ordered = ", ".join(map(str, sorted(numbers)))
     return {"key": ordered, "list": ", ".join(map(str, numbers)), "answer": ordered}

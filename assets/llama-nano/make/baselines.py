@@ -26,6 +26,7 @@ def words(row: Row) -> frozenset[str]:
 
 
 def frequent(train: list[Row]) -> Baseline:
+    """The family's most frequent training answer."""
     answers: dict[object, Counter[str]] = defaultdict(Counter)
     for row in train:
         answers[row["family"]][str(row["answer"])] += 1
@@ -33,6 +34,7 @@ def frequent(train: list[Row]) -> Baseline:
 
 
 def nearest(train: list[Row]) -> Baseline:
+    """The answer of the training row with the largest word overlap."""
     known = [(words(row), str(row["answer"])) for row in train]
 
     def answer(row: Row) -> str:
@@ -53,6 +55,7 @@ def score(rows: list[Row], baseline: Baseline) -> dict[str, Counter[str]]:
 
 
 def main() -> None:
+    """Read the command line and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--heldout", type=Path, required=True)

@@ -36,6 +36,7 @@ def documents(seed: int) -> Iterator[tuple[str, str]]:
 
 
 def token_counter(tokenizer: Path | None) -> Callable[[str], int]:
+    """Text -> tokens of its document: exact with a tokenizer, else an estimate."""
     if tokenizer is None:
         return lambda text: round(len(text) / CHARS_PER_TOKEN) + MARKS_PER_DOCUMENT
     import sentencepiece
@@ -76,6 +77,7 @@ def write_corpus(out: Path, seed: int, num_tokens: int, tokenizer: Path | None) 
 
 
 def main() -> None:
+    """Read the command line and write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)

@@ -3,26 +3,23 @@
 from random import Random
 
 from family import Family, Item
-from lexicon import CATEGORY_OF, DAYS, MONTHS
+from lexicon import CATEGORY_OF, DAYS, MONTHS, word_pairs
 
 # Common knowledge, as any school atlas has it.
-CAPITALS = dict(
-    pair.split(":")
-    for pair in (
-        "Peru:Lima Italy:Rome Norway:Oslo France:Paris Egypt:Cairo Japan:Tokyo Ecuador:Quito "
-        "Germany:Berlin Spain:Madrid Austria:Vienna Ireland:Dublin Portugal:Lisbon Greece:Athens "
-        "Cuba:Havana Sweden:Stockholm Finland:Helsinki Denmark:Copenhagen Poland:Warsaw "
-        "Hungary:Budapest Kenya:Nairobi Ghana:Accra Chile:Santiago Canada:Ottawa China:Beijing "
-        "Turkey:Ankara Iran:Tehran Iraq:Baghdad Thailand:Bangkok Vietnam:Hanoi Nepal:Kathmandu "
-        "Qatar:Doha Russia:Moscow Ukraine:Kyiv Romania:Bucharest Serbia:Belgrade Croatia:Zagreb "
-        "Bulgaria:Sofia Belgium:Brussels Latvia:Riga Estonia:Tallinn Morocco:Rabat Angola:Luanda "
-        "Uganda:Kampala Rwanda:Kigali Zambia:Lusaka Sudan:Khartoum Jordan:Amman Syria:Damascus "
-        "Lebanon:Beirut Oman:Muscat Uruguay:Montevideo Venezuela:Caracas Jamaica:Kingston "
-        "Australia:Canberra Fiji:Suva Georgia:Tbilisi Armenia:Yerevan Mali:Bamako Senegal:Dakar "
-        "Libya:Tripoli Malta:Valletta Cyprus:Nicosia England:London Scotland:Edinburgh"
-    ).split()
+CAPITALS = word_pairs(
+    "Peru:Lima Italy:Rome Norway:Oslo France:Paris Egypt:Cairo Japan:Tokyo Ecuador:Quito "
+    "Germany:Berlin Spain:Madrid Austria:Vienna Ireland:Dublin Portugal:Lisbon Greece:Athens "
+    "Cuba:Havana Sweden:Stockholm Finland:Helsinki Denmark:Copenhagen Poland:Warsaw "
+    "Hungary:Budapest Kenya:Nairobi Ghana:Accra Chile:Santiago Canada:Ottawa China:Beijing "
+    "Turkey:Ankara Iran:Tehran Iraq:Baghdad Thailand:Bangkok Vietnam:Hanoi Nepal:Kathmandu "
+    "Qatar:Doha Russia:Moscow Ukraine:Kyiv Romania:Bucharest Serbia:Belgrade Croatia:Zagreb "
+    "Bulgaria:Sofia Belgium:Brussels Latvia:Riga Estonia:Tallinn Morocco:Rabat Angola:Luanda "
+    "Uganda:Kampala Rwanda:Kigali Zambia:Lusaka Sudan:Khartoum Jordan:Amman Syria:Damascus "
+    "Lebanon:Beirut Oman:Muscat Uruguay:Montevideo Venezuela:Caracas Jamaica:Kingston "
+    "Australia:Canberra Fiji:Suva Georgia:Tbilisi Armenia:Yerevan Mali:Bamako Senegal:Dakar "
+    "Libya:Tripoli Malta:Valletta Cyprus:Nicosia England:London Scotland:Edinburgh"
 )
-OPPOSITE_PAIRS = (
+OPPOSITE_PAIRS = word_pairs(
     "big:small hot:cold fast:slow happy:sad old:young rich:poor hard:soft wet:dry full:empty "
     "open:closed high:low long:short near:far early:late up:down left:right day:night "
     "black:white clean:dirty strong:weak thick:thin wide:narrow loud:quiet heavy:light "
@@ -31,10 +28,7 @@ OPPOSITE_PAIRS = (
     "sharp:blunt cheap:expensive alive:dead asleep:awake above:below inside:outside "
     "always:never many:few more:less summer:winter morning:evening war:peace friend:enemy"
 )
-OPPOSITES = {}
-for _pair in OPPOSITE_PAIRS.split():
-    _one, _other = _pair.split(":")
-    OPPOSITES |= {_one: _other, _other: _one}
+OPPOSITES = dict(both for pair in OPPOSITE_PAIRS.items() for both in (pair, pair[::-1]))
 
 UNITS = (
     ("weeks", "days", 7),
@@ -51,21 +45,25 @@ UNITS = (
 
 
 def draw_capital(rng: Random) -> Item:
+    """A country and its capital."""
     country = rng.choice(list(CAPITALS))
     return {"key": country, "x": country, "answer": CAPITALS[country]}
 
 
 def draw_opposite(rng: Random) -> Item:
+    """A word and its opposite."""
     word = rng.choice(list(OPPOSITES))
     return {"key": word, "x": word, "answer": OPPOSITES[word]}
 
 
 def draw_category(rng: Random) -> Item:
+    """A word and the kind of thing it names."""
     word = rng.choice(list(CATEGORY_OF))
     return {"key": word, "x": word, "answer": CATEGORY_OF[word]}
 
 
 def draw_units(rng: Random) -> Item:
+    """A number of larger units, counted in smaller ones."""
     big, small, factor = rng.choice(UNITS)
     number = rng.randint(2, 9)
     answer = str(number * factor)
@@ -74,6 +72,7 @@ def draw_units(rng: Random) -> Item:
 
 
 def draw_calendar(rng: Random) -> Item:
+    """A day or month and its neighbour."""
     unit, cycle = rng.choice((("day", DAYS), ("month", MONTHS)))
     relation, step = rng.choice((("after", 1), ("before", -1)))
     index = rng.randrange(len(cycle))

@@ -54,6 +54,7 @@ REPORTED = (
 
 
 def capitalised(text: str) -> str:
+    """The text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 
@@ -91,6 +92,7 @@ class Family:
     num_frames: int = 5
 
     def is_held(self, item: Item) -> bool:
+        """True for an item that is held out of the training rows."""
         return hash_holds(f"{self.name}|{item['key']}")
 
     def sample(self, rng: Random, held: bool | None) -> Item:
@@ -101,6 +103,7 @@ class Family:
                 return item
 
     def corpus_item(self, rng: Random) -> Item:
+        """An item that the pretraining corpus may show."""
         return self.sample(rng, None if self.memorised else False)
 
     # --- plain notation -------------------------------------------------------------------

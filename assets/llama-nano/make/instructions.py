@@ -37,6 +37,7 @@ Row = dict[str, object]
 
 
 def request(rng: Random, family: Family, item: Item, seen: bool) -> str:
+    """One user message: a random template of the item, filled."""
     return rng.choice(family.templates(item, seen)).format(**item)
 
 
@@ -73,6 +74,7 @@ def prompts_of(row: Row) -> set[str]:
 
 
 def draw_row(rng: Random, family: Family, held: bool, seen: bool) -> Row:
+    """One row, drawn again until it is short enough."""
     while True:
         item = family.sample(rng, held)
         messages = draw_turns(rng, family, item, held, seen)
@@ -110,10 +112,12 @@ def draw_rows(split: str, seed: int, rows_per_family: int, avoid: set[str]) -> l
 
 
 def read_rows(path: Path) -> list[Row]:
+    """The rows of a file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def main() -> None:
+    """Read the command line and write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--split", choices=sorted(ROWS_PER_FAMILY), required=True)

@@ -15,12 +15,14 @@ def draw_words(rng: Random, num_words: int) -> list[str]:
 
 
 def draw_reverse(rng: Random) -> Item:
+    """Three or four words and their reverse."""
     words = draw_words(rng, rng.randint(3, 4))
     listed = ", ".join(words)
     return {"key": listed, "list": listed, "answer": ", ".join(reversed(words))}
 
 
 def draw_pick(rng: Random) -> Item:
+    """A list and one of its words by position."""
     words = draw_words(rng, rng.randint(3, 5))
     index = rng.randrange(len(words))
     which = ORDINALS[index]
@@ -31,6 +33,7 @@ def draw_pick(rng: Random) -> Item:
 
 
 def draw_follow(rng: Random) -> Item:
+    """A list and the neighbour of one of its words."""
     words = draw_words(rng, rng.randint(3, 5))
     relation, step = rng.choice((("after", 1), ("before", -1)))
     index = rng.randrange(max(0, -step), len(words) - max(0, step))
@@ -40,12 +43,14 @@ def draw_follow(rng: Random) -> Item:
 
 
 def draw_count(rng: Random) -> Item:
+    """A list of two to seven words and its length."""
     words = draw_words(rng, rng.randint(2, 7))
     listed = ", ".join(words)
     return {"key": listed, "list": listed, "answer": str(len(words))}
 
 
 def draw_odd(rng: Random) -> Item:
+    """Three words of one kind and one of another."""
     kinds = [kind for kind in CATEGORIES if kind != "bird"]
     kind, other = rng.sample(kinds, 2)
     odd = rng.choice(CATEGORIES[other])
@@ -56,6 +61,7 @@ def draw_odd(rng: Random) -> Item:
 
 
 def draw_repeat(rng: Random) -> Item:
+    """A word, said two to four times."""
     word = rng.choice(LIST_WORDS)
     times = rng.choice(list(TIMES))
     return {"key": f"{word} {times}", "x": word, "times": times,

@@ -19,12 +19,14 @@ def told(rng: Random, forms: tuple[str, ...], pairs: list[tuple[str, str]]) -> s
 
 
 def draw_pairs(rng: Random, pool: list[str]) -> list[tuple[str, str]]:
+    """Two or three people, each with another word of the pool."""
     num_pairs = rng.randint(2, 3)
     names, whats = rng.sample(NAMES, num_pairs), rng.sample(pool, num_pairs)
     return list(zip(names, whats, strict=True))
 
 
 def draw_holder(rng: Random) -> Item:
+    """Who has what, and who has one of the things."""
     pairs = draw_pairs(rng, THINGS)
     who, what = rng.choice(pairs)
     story = told(rng, HAS, pairs)
@@ -33,6 +35,7 @@ def draw_holder(rng: Random) -> Item:
 
 
 def draw_place(rng: Random) -> Item:
+    """Who is where, and where one person is."""
     pairs = draw_pairs(rng, PLACES)
     who, what = rng.choice(pairs)
     story = told(rng, AT, pairs)

@@ -33,6 +33,7 @@ def draw_probes(seed: int, probes_per_family: int) -> list[dict[str, str]]:
 
 
 def main() -> None:
+    """Read the command line and write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)

@@ -47,6 +47,7 @@ FACT_ABOUT = {
 
 
 def draw_recall(rng: Random) -> Item:
+    """One to three facts about the user, and the field that is asked."""
     fields = rng.sample(list(STATED), rng.randint(1, 3))
     values = {field: rng.choice(FIELDS[field]) for field in fields}
     asked = rng.choice(fields)
@@ -55,6 +56,7 @@ def draw_recall(rng: Random) -> Item:
 
 
 def stated(item: Item, person: int) -> list[str]:
+    """The facts as sentences: in the first person (0) or the third (1)."""
     return [STATED[field][person].format(v=item[field]) for field in STATED if field in item]
 
 
@@ -63,9 +65,11 @@ class Recall(Family):
     """Templates depend on the field that is asked; the facts stand in earlier messages."""
 
     def templates(self, item: Item, seen: bool) -> tuple[str, ...]:
+        """The questions about the field that is asked."""
         return (SEEN if seen else UNSEEN)[item["asked"]]
 
     def history(self, rng: Random, item: Item) -> list[Message]:
+        """The messages that state the facts: a system prompt, or turns with short replies."""
         if rng.random() < 0.25:
             return [{"role": "system", "content": " ".join(stated(item, 1))}]
         facts = stated(item, 0)
@@ -82,7 +86,7 @@ class Recall(Family):
     def document(self, rng: Random) -> str:
         """Someone says who they are; then it is said again, in the first or the third person."""
         item = self.corpus_item(rng)
-        while "name" not in item or item["asked"] == "name" and len(item) < 5:
+        while "name" not in item or (item["asked"] == "name" and len(item) < 5):
             item = self.corpus_item(rng)
         facts = stated(item, 0)
         rng.shuffle(facts)
@@ -111,6 +115,7 @@ class Recall(Family):
         return f"M{phrase[1:]} is {item[field]}."
 
     def probe(self, rng: Random) -> tuple[str, str]:
+        """(facts and the start of a repetition, its end) in plain notation."""
         item = self.sample(rng, True)
         facts = " ".join(stated(item, 0))
         return f"{facts} M{STATED[item['asked']][2][1:]} is", item["answer"] + "."

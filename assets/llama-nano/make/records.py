@@ -10,11 +10,13 @@ Record = dict[str, str]
 
 
 def draw_record(rng: Random, num_fields: int) -> Record:
+    """Random fields with random values."""
     fields = rng.sample(list(FIELDS), num_fields)
     return {field: rng.choice(FIELDS[field]) for field in fields}
 
 
 def record_line(record: Record) -> str:
+    """The record in plain notation: "name: Ana; age: 7"."""
     return "; ".join(f"{field}: {value}" for field, value in record.items())
 
 
@@ -24,6 +26,7 @@ def record_json(record: Record) -> str:
 
 
 def draw_extract(rng: Random) -> Item:
+    """A record in plain notation and the value of one field."""
     record = draw_record(rng, rng.randint(2, 4))
     field = rng.choice(list(record))
     line = record_line(record)
@@ -31,6 +34,7 @@ def draw_extract(rng: Random) -> Item:
 
 
 def draw_value(rng: Random) -> Item:
+    """A record as JSON and the value of one field."""
     record = draw_record(rng, rng.randint(2, 3))
     field = rng.choice(list(record))
     line = record_json(record)
@@ -38,12 +42,14 @@ def draw_value(rng: Random) -> Item:
 
 
 def draw_json(rng: Random) -> Item:
+    """A record in plain notation and as JSON."""
     record = draw_record(rng, rng.randint(1, 3))
     line = record_line(record)
     return {"key": line, "record": line, "answer": record_json(record)}
 
 
 def draw_price(rng: Random) -> Item:
+    """A list of things with prices and the price of one."""
     things = rng.sample(THINGS, rng.randint(3, 4))
     prices = rng.sample(range(1, 100), len(things))
     index = rng.randrange(len(things))

@@ -24,6 +24,7 @@ def lines(corpus: Path, num_documents: int) -> Iterator[str]:
 
 
 def train(corpus: Path, out: Path, num_documents: int) -> None:
+    """Train on the first documents of the corpus and write the model file."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines(corpus, num_documents),
@@ -54,6 +55,7 @@ def train(corpus: Path, out: Path, num_documents: int) -> None:
 
 
 def main() -> None:
+    """Read the command line and write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -22,12 +22,13 @@ from lexicon import (
     PRONOUN,
     THINGS,
     WORDS,
+    word_list,
 )
 from records import draw_record, record_json, record_line
 
-WEATHER = "sunny cold rainy windy warm cloudy foggy snowy".split()
-MOODS = "happy tired hungry proud sad busy calm brave".split()
-LOOKS = "old small big new clean heavy bright round soft strange".split()
+WEATHER = word_list("sunny cold rainy windy warm cloudy foggy snowy")
+MOODS = word_list("happy tired hungry proud sad busy calm brave")
+LOOKS = word_list("old small big new clean heavy bright round soft strange")
 DEEDS = (
     "washed the windows", "cooked a soup", "painted a wall", "played a song", "wrote a letter",
     "read a story", "climbed a hill", "baked some bread", "built a small boat", "fed the hens",
@@ -86,6 +87,7 @@ DEFINITIONS = (
 
 
 def slots(rng: Random) -> dict[str, str]:
+    """One draw of everything the sentence frames may ask for."""
     one, other = rng.sample(NAMES, 2)
     thing, second = rng.sample(THINGS, 2)
     pronoun = PRONOUN[one]
@@ -117,6 +119,7 @@ def note(rng: Random) -> str:
 
 
 def talk(rng: Random) -> str:
+    """A line or two of direct speech, and what follows from it."""
     lines = (
         '"I have a {colour} {thing}," said {a}. "And I have a {look} {other}," said {b}. '
         "So {a} has the {thing}, and {b} has the {other}.",
@@ -131,6 +134,7 @@ def talk(rng: Random) -> str:
 
 
 def diary(rng: Random) -> str:
+    """Some days in a row, a deed each."""
     start = rng.randrange(7)
     who = rng.choice(NAMES)
     days = [DAYS[(start + step) % 7] for step in range(rng.randint(2, 4))]
@@ -154,16 +158,19 @@ def copied_list(rng: Random) -> str:
 
 
 def copied_numbers(rng: Random) -> str:
+    """Numbers, then the same numbers again."""
     numbers = ", ".join(str(rng.randint(1, 99)) for _ in range(rng.randint(3, 6)))
     return f"{numbers}\nagain: {numbers}"
 
 
 def run_of_numbers(rng: Random) -> str:
+    """Numbers in equal steps."""
     start, step = rng.randint(1, 60), rng.choice((1, 1, 1, 2, 5, 10))
     return ", ".join(str(start + step * index) for index in range(rng.randint(5, 9)))
 
 
 def spelled(rng: Random) -> str:
+    """Two words, letter by letter, in small and capital letters."""
     words = rng.sample(WORDS, 2)
     lines = (
         f"{word}: {' '.join(word)}; {word.upper()}: {' '.join(word.upper())}" for word in words
@@ -200,10 +207,12 @@ def json_rows(rng: Random) -> str:
 
 
 def definitions(rng: Random) -> str:
+    """One to three sentences that say what a thing is."""
     return " ".join(rng.sample(DEFINITIONS, rng.randint(1, 3)))
 
 
 def kinds(rng: Random) -> str:
+    """Four words of one kind, perhaps against one of another."""
     kind = rng.choice(list(CATEGORIES))
     words = rng.sample(CATEGORIES[kind], 4)
     own = ", ".join(words)

@@ -3,44 +3,38 @@
 from random import Random
 
 from family import Family, Item
-from lexicon import ORDINALS, WORDS
+from lexicon import ORDINALS, WORDS, word_list, word_pairs
 
-PLURALS = dict(
-    pair.split(":")
-    for pair in (
-        "foot:feet tooth:teeth goose:geese mouse:mice child:children man:men woman:women "
-        "ox:oxen leaf:leaves knife:knives wife:wives wolf:wolves shelf:shelves loaf:loaves "
-        "life:lives thief:thieves box:boxes fox:foxes bus:buses glass:glasses dish:dishes "
-        "brush:brushes church:churches peach:peaches bench:benches match:matches watch:watches "
-        "city:cities baby:babies lady:ladies story:stories berry:berries cherry:cherries "
-        "party:parties army:armies potato:potatoes tomato:tomatoes hero:heroes dog:dogs cat:cats "
-        "book:books tree:trees house:houses car:cars key:keys boy:boys girl:girls day:days "
-        "toy:toys cup:cups hat:hats lamp:lamps bird:birds hand:hands door:doors river:rivers "
-        "road:roads stone:stones song:songs ring:rings horse:horses spoon:spoons apple:apples "
-        "window:windows garden:gardens letter:letters teacher:teachers farmer:farmers "
-        "flower:flowers basket:baskets picture:pictures mountain:mountains village:villages"
-    ).split()
+PLURALS = word_pairs(
+    "foot:feet tooth:teeth goose:geese mouse:mice child:children man:men woman:women "
+    "ox:oxen leaf:leaves knife:knives wife:wives wolf:wolves shelf:shelves loaf:loaves "
+    "life:lives thief:thieves box:boxes fox:foxes bus:buses glass:glasses dish:dishes "
+    "brush:brushes church:churches peach:peaches bench:benches match:matches watch:watches "
+    "city:cities baby:babies lady:ladies story:stories berry:berries cherry:cherries "
+    "party:parties army:armies potato:potatoes tomato:tomatoes hero:heroes dog:dogs cat:cats "
+    "book:books tree:trees house:houses car:cars key:keys boy:boys girl:girls day:days "
+    "toy:toys cup:cups hat:hats lamp:lamps bird:birds hand:hands door:doors river:rivers "
+    "road:roads stone:stones song:songs ring:rings horse:horses spoon:spoons apple:apples "
+    "window:windows garden:gardens letter:letters teacher:teachers farmer:farmers "
+    "flower:flowers basket:baskets picture:pictures mountain:mountains village:villages"
 )
-PASTS = dict(
-    pair.split(":")
-    for pair in (
-        "go:went see:saw eat:ate run:ran give:gave take:took make:made write:wrote sing:sang "
-        "swim:swam fly:flew buy:bought bring:brought think:thought catch:caught sell:sold "
-        "hear:heard find:found sleep:slept keep:kept break:broke speak:spoke drink:drank "
-        "draw:drew grow:grew know:knew throw:threw win:won sit:sat stand:stood lose:lost "
-        "build:built send:sent feel:felt meet:met leave:left begin:began wear:wore choose:chose "
-        "drive:drove ride:rode hide:hid fall:fell forget:forgot carry:carried study:studied "
-        "hurry:hurried stop:stopped walk:walked jump:jumped help:helped open:opened paint:painted "
-        "wash:washed cook:cooked play:played climb:climbed laugh:laughed smile:smiled love:loved "
-        "dance:danced bake:baked wait:waited ask:asked answer:answered visit:visited "
-        "listen:listened kick:kicked rest:rested share:shared finish:finished"
-    ).split()
+PASTS = word_pairs(
+    "go:went see:saw eat:ate run:ran give:gave take:took make:made write:wrote sing:sang "
+    "swim:swam fly:flew buy:bought bring:brought think:thought catch:caught sell:sold "
+    "hear:heard find:found sleep:slept keep:kept break:broke speak:spoke drink:drank "
+    "draw:drew grow:grew know:knew throw:threw win:won sit:sat stand:stood lose:lost "
+    "build:built send:sent feel:felt meet:met leave:left begin:began wear:wore choose:chose "
+    "drive:drove ride:rode hide:hid fall:fell forget:forgot carry:carried study:studied "
+    "hurry:hurried stop:stopped walk:walked jump:jumped help:helped open:opened paint:painted "
+    "wash:washed cook:cooked play:played climb:climbed laugh:laughed smile:smiled love:loved "
+    "dance:danced bake:baked wait:waited ask:asked answer:answered visit:visited "
+    "listen:listened kick:kicked rest:rested share:shared finish:finished"
 )
-ONES = (
+ONES = word_list(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen"
-).split()
-TENS = ". . twenty thirty forty fifty sixty seventy eighty ninety".split()
+)
+TENS = word_list(". . twenty thirty forty fifty sixty seventy eighty ninety")
 
 
 def in_words(number: int) -> str:
@@ -52,26 +46,31 @@ def in_words(number: int) -> str:
 
 
 def draw_plural(rng: Random) -> Item:
+    """A noun and its plural."""
     word = rng.choice(list(PLURALS))
     return {"key": word, "x": word, "answer": PLURALS[word]}
 
 
 def draw_past(rng: Random) -> Item:
+    """A verb and its past tense."""
     word = rng.choice(list(PASTS))
     return {"key": word, "x": word, "answer": PASTS[word]}
 
 
 def draw_upper(rng: Random) -> Item:
+    """A word and itself in capital letters."""
     word = rng.choice(WORDS)
     return {"key": word, "x": word, "answer": word.upper()}
 
 
 def draw_spell(rng: Random) -> Item:
+    """A word and its letters, joined by hyphens."""
     word = rng.choice(WORDS)
     return {"key": word, "x": word, "answer": "-".join(word)}
 
 
 def draw_letter(rng: Random) -> Item:
+    """The first, second or last letter of a word."""
     word = rng.choice(WORDS)
     which, index = rng.choice((("first", 0), ("last", -1), ("second", 1)))
     assert which in (*ORDINALS, "last")
@@ -79,6 +78,7 @@ def draw_letter(rng: Random) -> Item:
 
 
 def draw_numeral(rng: Random) -> Item:
+    """A number from 1 to 99 and its English words."""
     number = rng.randint(1, 99)
     return {"key": str(number), "x": str(number), "answer": in_words(number)}
 
