@@ -1,0 +1,72 @@
+# The verbs of the toolkit and of its development. `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+# The interpreter that makes .venv; constraints.txt was pinned with Python 3.11.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell $(name) -c 'print("$(name)")' 2>/dev/null)))
+# More arguments for pip (PIP_ARGS) and for the verb (ARGS), e.g. ARGS="train.max_steps=20".
+PIP_ARGS ?=
+ARGS ?=
+CONFIG ?=
+RUN ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+DEMO := configs/lora_nano.yaml
+DEMO_RUN := runs/lora_nano
+
+.PHONY: help setup demo train eval merge test test-slow check format clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo '  make train CONFIG=configs/lora_nano.yaml ARGS="train.max_steps=20"'
+	@echo '  make eval RUN=runs/lora_nano      (without RUN: the newest run)'
+
+setup: $(STAMP)  ## .venv with every package at its version in constraints.txt
+
+$(STAMP): constraints.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no python3 found; set PYTHON=" >&2; exit 2; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install $(PIP_ARGS) "$$(grep -m1 '^torch==' constraints.txt)"
+	$(PY) -m pip install $(PIP_ARGS) -r constraints.txt
+	$(PY) -m pip check
+	@touch $@
+
+demo: $(STAMP)  ## train, evaluate, merge and prove, on the embedded base; a table at the end
+	$(PY) -m finetune train $(DEMO) $(ARGS)
+	$(PY) -m finetune eval $(DEMO_RUN) --against base
+	$(PY) -m finetune merge $(DEMO_RUN)
+	$(PY) -m finetune eval $(DEMO_RUN) --against merged
+
+train: $(STAMP)  ## CONFIG=file.yaml [ARGS="key=value …"]
+	@test -n "$(CONFIG)" || { echo "error: make train needs CONFIG=; there are:" configs/*.yaml >&2; exit 2; }
+	$(PY) -m finetune train $(CONFIG) $(ARGS)
+
+eval: $(STAMP)  ## [RUN=folder] held-out numbers
+	$(PY) -m finetune eval $(RUN) $(ARGS)
+
+merge: $(STAMP)  ## [RUN=folder] full weights, with the proof that they equal base and adapter
+	$(PY) -m finetune merge $(RUN) $(ARGS)
+
+test: $(STAMP)  ## the tests, without the slow ones
+	$(PY) -m pytest -q -m "not slow" $(ARGS)
+
+test-slow: $(STAMP)  ## the slow tests alone
+	$(PY) -m pytest -q -m slow $(ARGS)
+
+check: $(STAMP)  ## format, lint, types, the rules of the house, every config: under a minute
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q tests/house
+
+format: $(STAMP)  ## formats and sorts imports in place
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix-only -q .
+
+clean:  ## removes build/ and caches; .venv and runs/ stay
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
