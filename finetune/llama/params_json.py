@@ -108,13 +108,15 @@ def to_params_json(arch: Architecture) -> dict[str, Any]:
 
 
 def _factors_of_width(arch: Architecture) -> tuple[int, float | None]:
+    """A `multiple_of` and multiplier that give the width; the usual ones where they do."""
+    width = arch.intermediate_size
     if arch.intermediate_size_override is None:
         return arch.multiple_of, arch.ffn_dim_multiplier
-    width = arch.intermediate_size
-    unscaled = swiglu_width(arch.dim, 1, None)
-    if unscaled <= width:
-        return width, None  # rounding up to one multiple of itself
-    return width, width / unscaled
+    usual = (256, 128, 64, 32, 16, 8, 4, 2, 1, width)
+    fitting = [n for n in usual if swiglu_width(arch.dim, n, None) == width]
+    if fitting:
+        return fitting[0], None
+    return width, width / swiglu_width(arch.dim, 1, None)
 
 
 def _with_documented_scaling(arch: Architecture, params: Mapping[str, Any]) -> Architecture:

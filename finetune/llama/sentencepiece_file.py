@@ -78,7 +78,7 @@ def read_sentencepiece(path: Path) -> TokenizerParts:
 
 
 def _parse(path: Path) -> Any:
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()

@@ -43,7 +43,9 @@ _content: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, Tokenizer] = (
 )
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    path: str | Path, *, model_folder: Path | None = None
+) -> PreTrainedTokenizerFast:
     """The tokenizer in a file or folder, proven equal to the original where one is rebuilt.
 
     `tokenizer(text)` puts BOS in front, as the originals do; `encode_text` never does. BOS, EOS
@@ -53,6 +55,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         path: a SentencePiece or tiktoken `tokenizer.model`, a `tokenizer.json`, or a folder (Meta's
             or Hugging Face's) with one of them. A folder with both kinds uses tokenizer.json,
             after comparing it with the other.
+        model_folder: the model's own folder, where `path` is a file elsewhere: its params.json or
+            config.json tells Llama 3.0 from 3.1 and how many tokens there must be.
 
     Raises:
         InputError: nothing to load, a damaged file, or one that cannot be rebuilt exactly.
@@ -64,7 +68,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         return _from_folder(path)
     if path.suffix == ".json":
         return _from_json(path.parent, path)
-    return _from_original(path, None)
+    return _from_original(path, model_folder or path.parent)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -180,9 +184,9 @@ def _from_json(folder: Path, path: Path) -> PreTrainedTokenizerFast:
     return _with_padding(tokenizer, path)
 
 
-def _from_original(path: Path, folder: Path | None) -> PreTrainedTokenizerFast:
+def _from_original(path: Path, folder: Path) -> PreTrainedTokenizerFast:
     parts = _read_original(path, folder)
-    settings = {} if folder is None else read_folder(folder)
+    settings = read_folder(folder)
     roles = {"bos_token": parts.bos, "eos_token": parts.eos, "unk_token": parts.unk}
     roles["pad_token"] = parts.pad
     named = {role: token for role, token in roles.items() if token is not None}
@@ -198,7 +202,7 @@ def _from_original(path: Path, folder: Path | None) -> PreTrainedTokenizerFast:
     return _with_padding(tokenizer, path)
 
 
-def _read_original(path: Path, folder: Path | None) -> TokenizerParts:
+def _read_original(path: Path, folder: Path) -> TokenizerParts:
     refuse_failed_download(path)
     with path.open("rb") as file:
         head = file.read(4096)
@@ -209,10 +213,10 @@ def _read_original(path: Path, folder: Path | None) -> TokenizerParts:
     return read_tiktoken(path, num_ranks=num_ranks, is_llama_30=is_llama_30)
 
 
-def _facts_beside(folder: Path | None) -> tuple[int | None, bool]:
+def _facts_beside(folder: Path) -> tuple[int | None, bool]:
     """The vocabulary size and whether the model is a Llama 3.0, from the model's own file."""
     for name in ("params.json", "config.json"):
-        if folder is not None and (folder / name).exists():
+        if (folder / name).exists():
             facts = read_json_object(folder / name)
             scaled = facts.get("use_scaled_rope") or facts.get("rope_scaling")
             scaled = scaled or (facts.get("rope_parameters") or {}).get("rope_type") == "llama3"

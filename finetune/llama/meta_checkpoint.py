@@ -1,0 +1,229 @@
+"""Meta's folder, opened and checked: params.json and one or many consolidated.NN.pth."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import InputError
+from finetune.llama.downloads import read_json_object, refuse_failed_download
+from finetune.llama.hyperparameters import Architecture
+from finetune.llama.meta_layout import BY_COLUMNS, BY_ROWS, Weight, join, weights_of
+from finetune.llama.params_json import from_params_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PARAMS = "params.json"
+_SHARD = re.compile(r"consolidated\.(\d+)\.pth")
+# Tables of RoPE that Llama 1 and 2 saved along; they follow from the architecture.
+_NOT_WEIGHTS = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
+_MAX_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class MetaCheckpoint:
+    """A checked checkpoint: every weight is there, in every shard, with the right shape.
+
+    Attributes:
+        folder: where it lies.
+        shards: the .pth files in order.
+        arch: the architecture; special ids are not set, they are the tokenizer's to say.
+        embedding_split: `BY_COLUMNS` (Llama 1, 2) or `BY_ROWS` (Llama 3).
+        dtype: the weights' type, by name.
+        weights: every stored weight by its Hugging Face name.
+    """
+
+    folder: Path
+    shards: tuple[Path, ...]
+    arch: Architecture
+    embedding_split: int
+    dtype: str
+    weights: Mapping[str, Weight]
+
+    def open(self) -> OpenCheckpoint:
+        """Maps the files into memory; drop the result to let go of the pages read so far."""
+        return OpenCheckpoint(self, [load_shard(path) for path in self.shards])
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint whose shards are mapped into memory."""
+
+    checkpoint: MetaCheckpoint
+    states: list[dict[str, Tensor]]
+
+    def tensor(self, hf_name: str) -> Tensor:
+        """A whole weight, its rows still in Meta's order."""
+        weight = self.checkpoint.weights[hf_name]
+        return join(weight, [state[weight.meta] for state in self.states])
+
+
+def is_meta_folder(path: Path) -> bool:
+    """Whether a folder is laid out as Meta's checkpoints are."""
+    return (path / PARAMS).is_file() and any(map(_SHARD.fullmatch, _names(path)))
+
+
+def read_checkpoint(folder: Path) -> MetaCheckpoint:
+    """Opens Meta's folder and checks that its parts belong together.
+
+    Raises:
+        InputError: files that are missing, cut off or no checkpoints, shards of two models, a
+            params.json of another size; all findings.
+    """
+    params = read_json_object(folder / PARAMS)
+    shards = _shard_paths(folder)
+    states = [load_shard(path) for path in shards]
+    arch, embedding_split = _architecture(folder, params, states)
+    listed = {w.hf: w for w in weights_of(arch, len(shards), embedding_split)}
+    if "output.weight" not in states[0]:
+        del listed["lm_head.weight"]
+    _check_shapes(shards, states, list(listed.values()))
+    dtype = _common_dtype(shards, states, list(listed.values()))
+    _check_repeated(shards, states, list(listed.values()))
+    checkpoint = MetaCheckpoint(folder, shards, arch, embedding_split, dtype, listed)
+    tied = _is_tied(OpenCheckpoint(checkpoint, states))
+    return replace(checkpoint, arch=replace(arch, tie_word_embeddings=tied))
+
+
+def load_shard(path: Path) -> dict[str, Tensor]:
+    """The tensors of one .pth file, mapped where its format allows, by weights-only loading.
+
+    Raises:
+        InputError: no checkpoint, cut off, or one that holds more than tensors; nothing in it
+            is executed.
+    """
+    import torch
+
+    refuse_failed_download(path)
+    is_zip = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        if not is_zip and file.read(4) == b"PK\x03\x04":
+            raise InputError(f"{path}: was cut off (its zip directory is missing); get it again")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path}: {_unpickling_cause(str(error))}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: is damaged or no PyTorch checkpoint ({cause})") from None
+    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+        raise InputError(f"{path}: holds no table of named tensors, as Meta's checkpoints do")
+    return {name: t for name, t in state.items() if not _NOT_WEIGHTS.fullmatch(str(name))}
+
+
+def _unpickling_cause(message: str) -> str:
+    found = re.search(r"(?:GLOBAL|global|callable|function)\s+[`'\"]?([\w.]+)", message)
+    if "Weights only load failed" in message and found:
+        return (
+            f"holds more than tensors (it asks for {found.group(1)}); files that could run code "
+            "are refused, nothing of it was executed"
+        )
+    return "is no PyTorch checkpoint, or was cut off"
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+
+
+def _shard_paths(folder: Path) -> tuple[Path, ...]:
+    names = [name for name in _names(folder) if _SHARD.fullmatch(name)]
+    if not names:
+        raise InputError(f"{folder}: has no consolidated.NN.pth")
+    numbers = {int(name.split(".")[1]): name for name in names}
+    missing = [n for n in range(max(numbers) + 1) if n not in numbers]
+    if missing:
+        listed = ", ".join(f"consolidated.{n:02d}.pth" for n in missing)
+        raise InputError(f"{folder}: {listed} missing, {names[-1]} is there")
+    return tuple(folder / numbers[n] for n in sorted(numbers))
+
+
+def _architecture(
+    folder: Path, params: Mapping[str, Any], states: Sequence[Mapping[str, Tensor]]
+) -> tuple[Architecture, int]:
+    """The architecture, with the vocabulary from the embedding, and how that was cut."""
+    embedding = states[0].get("tok_embeddings.weight")
+    if embedding is None or embedding.dim() != 2:
+        raise InputError(f"{folder}: its shards have no embedding (tok_embeddings.weight)")
+    rows, columns = embedding.shape
+    split = BY_ROWS if columns == params.get("dim") else BY_COLUMNS
+    num_rows = rows * len(states) if split == BY_ROWS else rows
+    stated = params.get("vocab_size", -1)
+    try:
+        return from_params_json(params, vocab_size=num_rows if stated == -1 else None), split
+    except InputError as error:
+        raise InputError([f"{folder / PARAMS}: {f}" for f in error.findings]) from None
+
+
+def _check_shapes(
+    shards: Sequence[Path], states: Sequence[Mapping[str, Tensor]], weights: Sequence[Weight]
+) -> None:
+    expected = {w.meta: w.shard_shape(len(shards)) for w in weights if w.divides(len(shards))}
+    found = [
+        f"{w.meta}: {w.shape} cannot be cut into {len(shards)} equal parts"
+        for w in weights
+        if w.meta not in expected
+    ]
+    for path, state in zip(shards, states, strict=True):
+        found += [f"{path}: {name} missing" for name in expected if name not in state]
+        found += [f"{path}: {name} is no weight of this model" for name in state.keys() - expected]
+        found += [
+            f"{path}: {name} is {tuple(state[name].shape)}, {PARAMS} and {len(shards)} "
+            f"shard{'s' if len(shards) > 1 else ''} make it {shape}"
+            for name, shape in expected.items()
+            if name in state and tuple(state[name].shape) != shape
+        ]
+    if found:
+        more = len(found) - _MAX_SHOWN
+        shown = found[:_MAX_SHOWN] + ([f"… and {more} more of this kind"] if more > 0 else [])
+        cause = (
+            f"{shards[0].parent}: {PARAMS} and the shards are not of one model, or one is missing"
+        )
+        raise InputError([cause, *shown])
+
+
+def _common_dtype(
+    shards: Sequence[Path], states: Sequence[Mapping[str, Tensor]], weights: Sequence[Weight]
+) -> str:
+    from finetune.llama.safetensors_stream import dtype_name
+
+    names = {dtype_name(state[w.meta].dtype) for state in states for w in weights}
+    if len(names) > 1:
+        raise InputError(
+            f"{shards[0].parent}: weights of several types: {', '.join(sorted(names))}"
+        )
+    return names.pop()
+
+
+def _check_repeated(
+    shards: Sequence[Path], states: Sequence[Mapping[str, Tensor]], weights: Sequence[Weight]
+) -> None:
+    """What several shards repeat must be the same in each, or they are of two models."""
+    import torch
+
+    for weight in weights:
+        for number, state in enumerate(states):
+            first = 0 if weight.split is None else number - number % weight.num_copies
+            if number != first and not torch.equal(states[first][weight.meta], state[weight.meta]):
+                raise InputError(
+                    f"{shards[number]}: is of another model than {shards[first].name}: "
+                    f"{weight.meta}, which both repeat, differs"
+                )
+
+
+def _is_tied(opened: OpenCheckpoint) -> bool:
+    """Whether the head is the embedding: not stored, or stored as the same numbers."""
+    import torch
+
+    if "lm_head.weight" not in opened.checkpoint.weights:
+        return True
+    first_rows = [state["output.weight"][:1] for state in opened.states]
+    embedding = opened.tensor("model.embed_tokens.weight")
+    if not torch.equal(first_rows[0][0], embedding[0]):
+        return False
+    return torch.equal(opened.tensor("lm_head.weight"), embedding)

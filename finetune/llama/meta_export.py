@@ -1,0 +1,149 @@
+"""A Hugging Face folder in Meta's layout: params.json, consolidated.NN.pth, tokenizer.model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune import artifact
+from finetune.errors import InputError
+from finetune.llama.architecture import from_llama_config, from_params_json, to_params_json
+from finetune.llama.downloads import read_json_object
+from finetune.llama.hyperparameters import Architecture
+from finetune.llama.meta_checkpoint import PARAMS
+from finetune.llama.meta_layout import (
+    BY_COLUMNS,
+    BY_ROWS,
+    Weight,
+    cut,
+    hf_to_meta_rows,
+    num_rotated_heads,
+    weights_of,
+)
+from finetune.llama.tiktoken_file import looks_like_tiktoken
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ORIGINAL = "original"  # where the hub's Llama folders keep Meta's own files
+TOKENIZER = "tokenizer.model"
+_TABLES = "rotary_emb.inv_freq"  # old folders store RoPE's table; it follows from the config
+
+
+def export_checkpoint(
+    hf_folder: Path, out: Path, num_shards: int = 1, *, embedding_split: int | None = None
+) -> None:
+    """Converts a Hugging Face folder to Meta's layout: the inverse of `import_checkpoint`.
+
+    Args:
+        hf_folder: a Llama with safetensors.
+        out: the folder to write; must not exist.
+        num_shards: number of consolidated.NN.pth files.
+        embedding_split: how the embedding is cut; by default as the tokenizer's family does
+            (`BY_COLUMNS` for SentencePiece, Llama 1 and 2; `BY_ROWS` for tiktoken, Llama 3).
+
+    Raises:
+        InputError: not a Llama that Meta's layout can express, or not cut evenly so.
+    """
+    import torch
+
+    arch = from_llama_config(artifact.read_json(hf_folder / "config.json"))
+    tokenizer_path = _exportable_tokenizer(hf_folder)
+    if embedding_split is None:
+        embedding_split = _family_split(tokenizer_path)
+    weights = list(weights_of(arch, num_shards, embedding_split))
+    uneven = [w.meta for w in weights if not w.divides(num_shards)]
+    if uneven or num_shards < 1:
+        raise InputError(f"num_shards: {num_shards} does not cut {uneven[:3]} into equal parts")
+    params = _params(hf_folder, arch)
+    files = _stored_weights(hf_folder, arch, weights)
+    with artifact.staged(out, {"kind": "export", "format": "meta"}) as folder:
+        for shard in range(num_shards):
+            parts = ((w, _part(files, arch, w, shard, num_shards)) for w in weights)
+            state = {weight.meta: part for weight, part in parts}
+            torch.save(state, folder / f"consolidated.{shard:02d}.pth")
+        text = json.dumps(params, indent=2) + "\n"
+        (folder / PARAMS).write_text(text, encoding="utf-8")
+        shutil.copyfile(tokenizer_path, folder / TOKENIZER)
+
+
+def _stored_weights(hf_folder: Path, arch: Architecture, weights: list[Weight]) -> dict[str, Path]:
+    """The file of each weight; a tied head is found in the embedding's."""
+    files = _weight_files(hf_folder)
+    if arch.tie_word_embeddings:
+        files["lm_head.weight"] = files.get("model.embed_tokens.weight", hf_folder)
+    missing = [weight.hf for weight in weights if weight.hf not in files]
+    known = {weight.hf for weight in weights}
+    foreign = [name for name in files if name not in known and not name.endswith(_TABLES)]
+    if missing or foreign:
+        found = [f"{hf_folder}: {name} missing" for name in missing[:8]]
+        raise InputError(found + [f"{hf_folder}: {n} is no weight of a Llama" for n in foreign[:8]])
+    return files
+
+
+def _part(
+    files: dict[str, Path], arch: Architecture, weight: Weight, shard: int, num_shards: int
+) -> Tensor:
+    """What one shard holds of a weight, in Meta's order of rows."""
+    from safetensors import safe_open
+
+    tied = arch.tie_word_embeddings and weight.hf == "lm_head.weight"
+    with safe_open(files[weight.hf], "pt") as file:
+        whole = file.get_tensor("model.embed_tokens.weight" if tied else weight.hf)
+    if tuple(whole.shape) != weight.shape:
+        raise InputError(
+            f"{files[weight.hf]}: {weight.hf} is {tuple(whole.shape)}, config.json makes it "
+            f"{weight.shape}"
+        )
+    if weight.rotated:
+        whole = hf_to_meta_rows(whole, num_rotated_heads(weight, arch))
+    return cut(weight, whole, num_shards)[shard]
+
+
+def _params(hf_folder: Path, arch: Architecture) -> dict[str, Any]:
+    """The original params.json where it describes this very model, else one made from its config."""
+    kept = hf_folder / ORIGINAL / PARAMS
+    made = to_params_json(arch)
+    if not kept.is_file():
+        return made
+    params = read_json_object(kept)
+    meant = to_params_json(from_params_json(params, vocab_size=arch.vocab_size))
+    sizes = ("multiple_of", "ffn_dim_multiplier")  # many pairs give one width
+    alike = all(made.get(k) == meant.get(k) for k in made.keys() | meant.keys() if k not in sizes)
+    width = from_params_json(made).intermediate_size
+    same_width = width == from_params_json(meant).intermediate_size
+    return params if alike and same_width else made
+
+
+def _exportable_tokenizer(hf_folder: Path) -> Path:
+    for folder in (hf_folder / ORIGINAL, hf_folder):
+        if (folder / TOKENIZER).is_file():
+            return folder / TOKENIZER
+    raise InputError(
+        f"{hf_folder}: has no {TOKENIZER}, nor has its folder {ORIGINAL}/; Meta's layout needs the "
+        "original tokenizer file: copy it there"
+    )
+
+
+def _family_split(tokenizer: Path) -> int:
+    with tokenizer.open("rb") as file:
+        return BY_ROWS if looks_like_tiktoken(file.read(4096)) else BY_COLUMNS
+
+
+def _weight_files(hf_folder: Path) -> dict[str, Path]:
+    """The file of every stored weight, by the weight's name."""
+    from safetensors import SafetensorError, safe_open
+
+    index, single = hf_folder / "model.safetensors.index.json", hf_folder / "model.safetensors"
+    if index.exists():
+        names = read_json_object(index).get("weight_map", {})
+        return {name: hf_folder / file for name, file in names.items()}
+    if not single.exists():
+        raise InputError(f"{hf_folder}: has neither {single.name} nor {index.name}")
+    try:
+        with safe_open(single, "pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    except SafetensorError as error:
+        raise InputError(f"{single}: is damaged or cut off ({error})") from None
