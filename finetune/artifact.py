@@ -1,0 +1,195 @@
+"""A folder on disk that is staged, hashed, published by one rename, and verified before use.
+
+Checkpoints, adapters, imports and merged models all go through `staged`: their final name
+appears only when every byte is on disk and listed, with its hash, in `manifest.json`. A
+process that dies before leaves a hidden `.NAME.tmp-*` folder that nobody takes for the thing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import CannotContinue, CheckFailed, InputError
+
+MANIFEST = "manifest.json"
+_READ_BYTES = 1 << 20
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, as hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """The sha256 of a JSON value in canonical form: sorted keys, no spaces."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file in one step: a reader sees the old content or the new, never half."""
+    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync_folder(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        InputError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+
+
+@contextlib.contextmanager
+def staged(final: Path, facts: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """A temporary folder beside `final` that becomes `final` when the block ends well.
+
+    On the way out every file is fsynced and hashed into `manifest.json`, the folder is renamed
+    to `final` and the parent is fsynced. If the block raises, the folder is removed.
+
+    Args:
+        final: the name to publish under; must not exist.
+        facts: what else the manifest says, under "facts".
+
+    Raises:
+        InputError: `final` exists.
+        CannotContinue: the disk refused.
+    """
+    if final.exists() or final.is_symlink():
+        raise InputError(f"{final}: exists already; choose another name or remove it first")
+    stage = final.parent / f".{final.name}.tmp-{secrets.token_hex(4)}"
+    try:
+        stage.mkdir(parents=True)
+        yield stage
+        _write_manifest(stage, dict(facts or {}))
+        os.rename(stage, final)
+        _fsync_folder(final.parent)
+    except OSError as error:
+        raise CannotContinue(
+            f"{final}: could not be written: {error}; nothing published"
+        ) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def sweep(folder: Path) -> list[str]:
+    """Removes what killed processes left of stagings in `folder`; returns the names removed."""
+    if not folder.is_dir():
+        return []
+    stale = sorted(p for p in folder.iterdir() if p.name.startswith(".") and ".tmp-" in p.name)
+    for path in stale:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return [path.name for path in stale]
+
+
+def remove(folder: Path) -> None:
+    """Deletes a published folder, un-publishing it first: a half-deleted one has no name left."""
+    trash = folder.parent / f".{folder.name}.tmp-trash-{secrets.token_hex(4)}"
+    os.rename(folder, trash)
+    shutil.rmtree(trash)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a published folder.
+
+    Raises:
+        CheckFailed: there is none, or it is not one of ours.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckFailed(f"{path}: no readable manifest ({error})") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise CheckFailed(f"{path}: not a manifest of this toolkit")
+    return manifest
+
+
+def findings_of(folder: Path) -> list[str]:
+    """Compares a published folder with its manifest; an empty list means that all is well."""
+    try:
+        files = read_manifest(folder)["files"]
+    except CheckFailed as error:
+        return [str(error)]
+    findings = [
+        finding for name, entry in files.items() if (finding := _file_finding(folder, name, entry))
+    ]
+    extra = sorted(set(_file_names(folder)) - set(files) - {MANIFEST})
+    return findings + [f"{folder / name}: is not in the manifest" for name in extra]
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder whose every file has been compared with it.
+
+    Raises:
+        CheckFailed: something differs; the message names every file.
+    """
+    findings = findings_of(folder)
+    if findings:
+        raise CheckFailed("\n".join(findings))
+    return read_manifest(folder)
+
+
+def _file_finding(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+    path = folder / name
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        return f"{path}: a manifest may not point outside its folder"
+    if not path.is_file():
+        return f"{path}: missing"
+    if path.stat().st_size != entry["bytes"]:
+        return f"{path}: {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
+    if sha256_of(path) != entry["sha256"]:
+        return f"{path}: its content differs from what was published (sha256)"
+    return None
+
+
+def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    files = {}
+    for name in _file_names(folder):
+        path = folder / name
+        _fsync(path)
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    write_json(folder / MANIFEST, {"facts": facts, "files": files})
+
+
+def _file_names(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fsync_folder(path: Path) -> None:
+    _fsync(path)

@@ -1,0 +1,188 @@
+"""What a training checkpoint holds, which are kept, and which one a run goes on from.
+
+`checkpoints/step-NNNNNN/` is staged, hashed and published by one rename (`artifact`). It holds
+the trained weights, optimizer and RNG as safetensors and JSON: no pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune import artifact
+from finetune.artifact import read_json, write_json
+from finetune.errors import CheckFailed, InputError
+
+WEIGHTS = "trained.safetensors"
+OPTIMIZER = "optimizer"
+SCHEDULER = "scheduler.json"
+LATEST = "latest.json"
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """`checkpoints/step-NNNNNN`."""
+    return checkpoints / f"step-{step:06d}"
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Published checkpoints, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    found = [p for p in checkpoints.iterdir() if p.name.startswith("step-") and p.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def find_resumable(checkpoints: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from, every file of it compared with its manifest.
+
+    Args:
+        resume: auto (the newest that verifies; damaged ones are set aside aloud), never, or a path.
+
+    Raises:
+        CheckFailed: checkpoints exist and none verifies, or the named one does not.
+        InputError: `never`, and the folder has checkpoints; or no such path.
+    """
+    if resume not in ("auto", "never"):
+        if not Path(resume).is_dir():
+            raise InputError(f"run.resume {resume}: no such checkpoint")
+        artifact.verify(Path(resume))
+        return Path(resume)
+    existing = list_checkpoints(checkpoints)
+    if resume == "never" and existing:
+        raise InputError(f"run.resume never, but {checkpoints} has {existing[-1].name}; remove it")
+    for path in reversed(existing):
+        findings = artifact.findings_of(path)
+        if not findings:
+            return path
+        aside = path.with_name(f"damaged-{path.name}")
+        print(f"warning: {findings[0]}; set aside as {aside.name}", file=sys.stderr)
+        path.rename(aside)
+    if existing:
+        raise CheckFailed(f"{checkpoints}: no checkpoint verifies; none is gone on from")
+    return None
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Removes the oldest beyond `keep`; each is un-published before it is deleted."""
+    for path in list_checkpoints(checkpoints)[:-keep]:
+        artifact.remove(path)
+
+
+def write_latest(checkpoints: Path, step: int) -> None:
+    """Names the newest checkpoint for people and scripts."""
+    write_json(checkpoints / LATEST, {"step": step, "folder": step_folder(checkpoints, step).name})
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that train, by name; a tied one once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_weights(model: torch.nn.Module, folder: Path) -> None:
+    """The trained parameters only: an adapter's checkpoint has the size of the adapter."""
+    tensors = {n: p.detach().cpu().contiguous() for n, p in trained_parameters(model).items()}
+    save_file(tensors, str(folder / WEIGHTS))
+
+
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Puts saved parameters back, bit for bit.
+
+    Raises:
+        CheckFailed: names, shapes or types differ from the model's.
+    """
+    saved, wanted = load_file(str(folder / WEIGHTS)), trained_parameters(model)
+    if set(saved) != set(wanted):
+        differing = sorted(set(saved) ^ set(wanted))
+        raise CheckFailed(f"{folder}: trained parameters differ: {', '.join(differing[:5])}")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            tensor = saved[name]
+            if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
+                raise CheckFailed(f"{folder}: {name} is {tensor.dtype} {tuple(tensor.shape)}")
+            parameter.copy_(tensor)
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Optimizer state: tensors as safetensors, everything else as JSON."""
+    state = optimizer.state_dict()
+    tensors, values = {}, {}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}/{key}"] = value.detach().cpu().contiguous()
+            else:
+                values[f"{index}/{key}"] = value
+    save_file(tensors, str(folder / f"{OPTIMIZER}.safetensors"))
+    _write(folder / f"{OPTIMIZER}.json", {"values": values, "groups": state["param_groups"]})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Puts optimizer state back."""
+    tensors = load_file(str(folder / f"{OPTIMIZER}.safetensors"))
+    rest = read_json(folder / f"{OPTIMIZER}.json")
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **rest["values"]}.items():
+        index, key = name.split("/", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+
+
+def save_scheduler(scheduler: Any, folder: Path) -> None:
+    """The schedule's state as JSON."""
+    _write(folder / SCHEDULER, scheduler.state_dict())
+
+
+def load_scheduler(scheduler: Any, folder: Path) -> None:
+    """Puts the schedule's state back."""
+    scheduler.load_state_dict(read_json(folder / SCHEDULER))
+
+
+def rng_state() -> dict[str, Any]:
+    """Every generator this process draws from: Python, NumPy, torch on CPU and GPU."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()],
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Puts generators back where `rng_state` found them."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all([torch.tensor(s, dtype=torch.uint8) for s in state["cuda"]])
+
+
+def save_rng(states: list[dict[str, Any]], folder: Path) -> None:
+    """The generators of every rank."""
+    _write(folder / "rng.json", states)
+
+
+def load_rng(folder: Path, rank: int) -> None:
+    """Restores the generators of this rank.
+
+    Raises:
+        CheckFailed: the checkpoint was written by fewer ranks.
+    """
+    states = read_json(folder / "rng.json")
+    if rank >= len(states):
+        raise CheckFailed(f"{folder}: was written by {len(states)} ranks; rank {rank} has no state")
+    restore_rng(states[rank])
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")

@@ -1,0 +1,193 @@
+"""`eval RUN`: the run's models, loaded fresh from disk, on the same held-out rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.artifact import write_json
+from finetune.config import RunConfig
+from finetune.data import Document, load_data, load_heldout
+from finetune.errors import CheckFailed, InputError
+from finetune.inference import Opened, open_folder, open_variant, trained_variant
+from finetune.run_folder import RunFolder, find_run
+from finetune.scoring import GROUP_COLUMNS, Scores, probe, score_model
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb `eval`."""
+    args = _parse(argv)
+    if args.probe:
+        return _main_probe(args)
+    run, names = _targets(args)
+    config = run.config()
+    documents: list[Document] | None = None
+    scores: list[Scores] = []
+    for name in names:
+        opened = _open(run, name, config)
+        documents = documents or heldout_documents(config, opened, args.data)
+        ask = "exact_match" in config.eval.tasks and config.recipe != "pretrain"
+        batch_size, new_tokens = config.eval.per_device_eval_batch_size, config.eval.max_new_tokens
+        scores.append(score_model(opened, documents, batch_size, new_tokens, ask))
+        print(f"eval     {opened.name}: {_line(scores[-1])}", file=sys.stderr)
+    result = _result(scores)
+    _save(run, result, args.data)
+    print(json.dumps(result, indent=2) if args.json else table(scores))
+    return _verdict(scores, args.fail_if_worse)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m finetune eval", description=__doc__)
+    parser.add_argument("target", nargs="?", help="a run or model folder; left out: the newest run")
+    parser.add_argument("--data", type=Path, help="held-out rows (default: the run's own)")
+    parser.add_argument("--against", default="", help="base, merged (comma between several)")
+    parser.add_argument("--run", help="for a model folder: the run whose rows and format are used")
+    parser.add_argument(
+        "--probe", type=Path, help="rows of prompt and answer, continued as plain text"
+    )
+    parser.add_argument(
+        "--fail-if-worse", action="store_true", help="exit 3 if worse than --against"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return parser.parse_args(list(argv))
+
+
+def _targets(args: argparse.Namespace) -> tuple[RunFolder, list[str]]:
+    """The run whose rows are used, and the models to score, the one asked about first."""
+    against = [name for name in args.against.split(",") if name]
+    unknown = [n for n in against if n not in ("base", "merged") and not Path(n).is_dir()]
+    if unknown:
+        raise InputError(f"--against {', '.join(unknown)}: neither base, merged nor a folder")
+    target = Path(args.target) if args.target else None
+    if target and not (target / "config.yaml").exists() and (target / "config.json").exists():
+        run = find_run(args.run) if args.run else _run_of_model(target)
+        return run, [str(target), *against]
+    run = find_run(args.target)
+    return run, [trained_variant(run), *against]
+
+
+def _run_of_model(folder: Path) -> RunFolder:
+    """A merged folder lies in its run; another folder needs --run."""
+    if (folder.parent / "config.yaml").exists():
+        return RunFolder(folder.parent)
+    raise InputError(f"{folder}: is a model folder of no run; name the run with --run")
+
+
+def _open(run: RunFolder, name: str, config: RunConfig) -> Opened:
+    if name in ("base", "adapter", "model", "merged"):
+        return open_variant(run, name)
+    folder = Path(name)
+    if (folder / "config.yaml").exists():
+        other = RunFolder(folder)
+        return open_variant(other, trained_variant(other))
+    return open_folder(folder, config)
+
+
+def heldout_documents(config: RunConfig, opened: Opened, data: Path | None) -> list[Document]:
+    """The rows to score: a file of the caller's, or the run's held-out rows.
+
+    Raises:
+        InputError: there are none.
+    """
+    tokenizer, chat_format = opened.base.tokenizer, opened.base.chat_format
+    if data is not None:
+        documents, ledger = load_heldout(data, config, tokenizer, chat_format)
+        print("\n".join(ledger.lines()), file=sys.stderr)
+    else:
+        loaded = load_data(config, tokenizer, chat_format)
+        documents = loaded.heldout
+        print("\n".join(loaded.ledgers[1].lines()), file=sys.stderr)
+    if not documents:
+        raise InputError("no held-out rows: give data.heldout in the config, or --data FILE")
+    return documents
+
+
+def _main_probe(args: argparse.Namespace) -> int:
+    target = Path(args.target or "")
+    config = RunConfig.model_validate(
+        {"recipe": "pretrain", "base": {"path": str(target)}, "data": {"train": str(args.probe)}}
+    )
+    is_run = (target / "config.yaml").exists()
+    run = RunFolder(target)
+    opened = open_variant(run, trained_variant(run)) if is_run else open_folder(target, config)
+    scores = probe(opened, args.probe)
+    print(json.dumps(scores.as_json(), indent=2) if args.json else table([scores]))
+    return 0
+
+
+def _line(scores: Scores) -> str:
+    parts = []
+    if scores.heldout:
+        result = scores.heldout
+        parts.append(f"loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
+    if scores.exact_match is not None:
+        parts.append(f"exact match {100 * scores.exact_match:.1f} % of {len(scores.answers)}")
+    return ", ".join(parts)
+
+
+def _result(scores: Sequence[Scores]) -> dict[str, Any]:
+    """The asked-about model's numbers at the top, the others under `against`."""
+    result = scores[0].as_json()
+    if len(scores) > 1:
+        result["against"] = [other.as_json() for other in scores[1:]]
+        result["same_text"] = {
+            other.name: sum(
+                a.written == b.written
+                for a, b in zip(scores[0].answers, other.answers, strict=True)
+            )
+            for other in scores[1:]
+        }
+    return result
+
+
+def _save(run: RunFolder, result: dict[str, Any], data: Path | None) -> None:
+    run.eval.mkdir(exist_ok=True)
+    name = f"{data.stem}.json" if data else "heldout.json"
+    write_json(run.eval / name, result)
+
+
+def _verdict(scores: Sequence[Scores], fail_if_worse: bool) -> int:
+    if not fail_if_worse:
+        return 0
+    first = scores[0]
+    assert first.heldout is not None
+    worse = [o.name for o in scores[1:] if o.heldout and first.heldout.loss > o.heldout.loss]
+    if worse:
+        raise CheckFailed(f"{first.name} has a higher held-out loss than {', '.join(worse)}")
+    return 0
+
+
+def table(scores: Sequence[Scores]) -> str:
+    """Models as columns; loss, perplexity and exact match, overall and by family and template."""
+    rows: list[list[str]] = [["", *(s.name for s in scores)]]
+    if all(s.heldout for s in scores):
+        rows.append(["loss", *(f"{s.heldout.loss:.4f}" for s in scores if s.heldout)])
+        rows.append(["perplexity", *(f"{s.heldout.perplexity:.2f}" for s in scores if s.heldout)])
+    if all(s.answers for s in scores):
+        rows.append(["exact match", *(_share(_overall(s)) for s in scores)])
+        for column in GROUP_COLUMNS:
+            groups = [s.by_group(column) for s in scores]
+            for value in groups[0]:
+                rows.append([f"  {column} {value}", *(_share(g[value]) for g in groups)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _overall(scores: Scores) -> tuple[int, int]:
+    return sum(a.is_right for a in scores.answers), len(scores.answers)
+
+
+def _share(right_of: tuple[int, int]) -> str:
+    right, count = right_of
+    return f"{100 * right / count:5.1f} % ({right}/{count})"

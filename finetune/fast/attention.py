@@ -1,0 +1,89 @@
+"""Attention for packed documents: each document attends to itself alone, at its own cost.
+
+A micro-batch is one row that holds many documents end to end. Instead of one (tokens, tokens)
+mask over the row, each document is a causal attention of its own: no mask is built, no work is
+done between documents, and a leak is impossible by construction. Without `document_lengths`
+(padded generation, foreign callers) the function is transformers' own sdpa attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+DOCUMENT_ATTENTION = "plumbtune_documents"
+
+
+def document_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    document_lengths: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each document of a packed row.
+
+    Args:
+        module: the attention layer.
+        query: (1, heads, tokens, head_dim).
+        key: (1, kv_heads, tokens, head_dim).
+        value: (1, kv_heads, tokens, head_dim).
+        attention_mask: ignored where `document_lengths` is given.
+        dropout: probability, 0 outside training.
+        scaling: factor of the scores; None is 1/sqrt(head_dim).
+        document_lengths: tokens of each document in row order; their sum is `tokens`.
+
+    Returns:
+        (1, tokens, heads, head_dim), and None for the attention weights.
+    """
+    if document_lengths is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    lengths = list(document_lengths)
+    assert query.shape[0] == 1, "packed documents lie in one row"
+    assert sum(lengths) == query.shape[2] == key.shape[2], "document_lengths do not fill the row"
+    grouped, dtype = key.shape[1] != query.shape[1], query.dtype
+    if query.device.type == "cpu":
+        # torch's CPU kernel is several times slower in bfloat16 than in float32 on short
+        # documents (benchmarks/attention_cpu.py), and less exact.
+        query, key, value = query.float(), key.float(), value.float()
+    with torch.autocast(query.device.type, enabled=False):
+        parts = [
+            F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+            )
+            for q, k, v in zip(
+                query.split(lengths, dim=2),
+                key.split(lengths, dim=2),
+                value.split(lengths, dim=2),
+                strict=True,
+            )
+        ]
+    return torch.cat(parts, dim=2).transpose(1, 2).to(dtype).contiguous(), None
+
+
+def no_mask(device: torch.device) -> torch.Tensor:
+    """A (1, 1, 1, 1) stand-in that keeps transformers from building a (tokens, tokens) mask.
+
+    A 4-D mask is passed through unchanged by `create_causal_mask`; `document_attention` ignores
+    it. Without it transformers would derive a dense mask from the reset position ids.
+    """
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def register() -> str:
+    """Makes the attention known to transformers; returns its name for `attn_implementation`."""
+    AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
+    AttentionMaskInterface.register(DOCUMENT_ATTENTION, sdpa_mask)
+    return DOCUMENT_ATTENTION

@@ -1,0 +1,87 @@
+"""The next-token loss: the head runs only where a token is supervised; sums, never means.
+
+    loss = sum over supervised t of -log p(x_t | x_<t) / (supervised tokens of the whole step)
+
+The division by the step's token count (all micro-batches, all ranks) is the caller's: dividing
+each micro-batch by its own count is the gradient-accumulation bug.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from finetune.fast.attention import no_mask
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One row of documents laid end to end.
+
+    Attributes:
+        input_ids: (1, tokens).
+        position_ids: (1, tokens), counted from 0 within each document.
+        labels: (1, tokens), the id itself where it is trained, else -100; not shifted. The
+            first token of a document is never trained: nothing of its own comes before it.
+        document_lengths: tokens of each document.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    document_lengths: list[int]
+
+
+def pack(documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Packed:
+    """Lays documents, each `(ids, train mask)`, end to end in one row."""
+    ids = [token for document, _ in documents for token in document]
+    labels = [
+        token if trained and position > 0 else IGNORED
+        for document, mask in documents
+        for position, (token, trained) in enumerate(zip(document, mask, strict=True))
+    ]
+    lengths = [len(document) for document, _ in documents]
+    positions = [position for length in lengths for position in range(length)]
+    return Packed(torch.tensor([ids]), torch.tensor([positions]), torch.tensor([labels]), lengths)
+
+
+def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a supervised token is predicted from, and what it is: the one place that shifts.
+
+    Args:
+        labels: (1, tokens), unshifted.
+
+    Returns:
+        positions (supervised,): the index before each trained token; targets (supervised,).
+    """
+    targets = labels[0, 1:]
+    positions = torch.nonzero(targets != IGNORED).flatten()
+    return positions, targets[positions]
+
+
+def token_losses(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
+    """The loss of every supervised token of a packed row.
+
+    The model itself is called, not its parts: under DDP that is what synchronises gradients.
+
+    Args:
+        model: a causal Llama that uses `document_attention`, possibly wrapped (PEFT, DDP).
+
+    Returns:
+        (supervised,) losses in nats, float32; empty, with a graph, where nothing is supervised.
+    """
+    positions, targets = supervised(packed.labels)
+    logits = model(
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        attention_mask=no_mask(packed.input_ids.device),
+        document_lengths=packed.document_lengths,
+        logits_to_keep=positions,
+        use_cache=False,
+    ).logits[0]
+    return F.cross_entropy(logits.float(), targets, reduction="none")

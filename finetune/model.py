@@ -1,0 +1,299 @@
+"""The base of a run: found, checked and loaded.
+
+Whatever `base:` names (hub id, Hugging Face folder, Meta folder, documented architecture)
+becomes one `Base`: a local Hugging Face folder with safetensors, its architecture, its tokenizer
+and its prompt format. Everything after this module sees only that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from finetune import artifact
+from finetune.adapters import fingerprint_of_files
+from finetune.config import RunConfig
+from finetune.config.base import BaseSection
+from finetune.errors import CannotContinue, InputError
+from finetune.fast.attention import register
+from finetune.llama.architecture import (
+    HUB_IDS,
+    Architecture,
+    architecture_of,
+    from_llama_config,
+    from_params_json,
+    to_llama_config,
+)
+from finetune.llama.chat import FORMATS, ChatFormat, detect_format
+from finetune.llama.tokenizer import load_tokenizer
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base on disk.
+
+    Attributes:
+        name: what the user wrote, or the run's `base` folder for random weights.
+        folder: a Hugging Face folder.
+        architecture: its documented hyperparameters.
+        tokenizer: as exact as the original.
+        chat_format: None for recipes on plain text.
+        revision: commit hash of a hub snapshot, else None.
+    """
+
+    name: str
+    folder: Path
+    architecture: Architecture
+    tokenizer: PreTrainedTokenizerFast
+    chat_format: ChatFormat | None
+    revision: str | None = None
+
+    def fingerprint(self) -> str:
+        """One hash over the weight files: the same base has the same, another another."""
+        return artifact.sha256_of_json(fingerprint_of_files(weight_files(self.folder)))
+
+
+def find_base(config: RunConfig, run_path: Path) -> Base:
+    """Makes whatever `base:` names into a local folder, and reads what it is.
+
+    Args:
+        run_path: the run folder; random weights are written to its `base/`.
+
+    Raises:
+        InputError: missing, unreadable, or no Llama.
+    """
+    section = config.base
+    revision = None
+    if section.architecture is not None:
+        folder = run_path / "base"
+        if not folder.exists():
+            _write_random_base(config, folder)
+        name = str(folder)
+    elif section.is_hub_id:
+        assert section.path is not None
+        folder = _download(section.path, section.revision, _HUB_FILES)
+        name, revision = section.path, folder.name
+    else:
+        assert section.path is not None
+        name, folder = section.path, Path(section.path)
+        if (folder / "params.json").is_file():
+            from finetune.llama.meta_format import cached_import
+
+            folder = cached_import(folder, cache_root())
+            name = str(folder)
+    return open_base(folder, section, config, name, revision)
+
+
+def read_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerFast, ChatFormat | None]:
+    """Tokenizer and prompt format of a config, without its weights."""
+    section = config.base
+    if section.architecture is not None:
+        architecture = architecture_of(section.architecture)
+        assert section.tokenizer is not None, "the config asks for it with an architecture"
+        tokenizer = load_tokenizer(Path(section.tokenizer))
+    else:
+        assert section.path is not None
+        folder = Path(section.path)
+        if section.is_hub_id:
+            folder = _download(section.path, section.revision, ["*.json", "*.model", "*.jinja"])
+        tokenizer = load_tokenizer(Path(section.tokenizer) if section.tokenizer else folder)
+        if (folder / "params.json").is_file():
+            architecture = from_params_json(artifact.read_json(folder / "params.json"))
+        else:
+            architecture = read_architecture(folder)
+    if config.recipe == "pretrain":
+        return tokenizer, None
+    return tokenizer, choose_format(config, architecture, tokenizer)
+
+
+def open_base(
+    folder: Path, section: BaseSection, config: RunConfig, name: str, revision: str | None = None
+) -> Base:
+    """Reads a Hugging Face folder: architecture, tokenizer, prompt format.
+
+    Raises:
+        InputError: no config.json, no Llama, no weights, no tokenizer, an unfit vocabulary.
+    """
+    architecture = read_architecture(folder)
+    weight_files(folder)
+    tokenizer = load_tokenizer(Path(section.tokenizer) if section.tokenizer else folder)
+    if len(tokenizer) > architecture.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {len(tokenizer)} ids, the model {architecture.vocab_size}"
+        )
+    chat_format = (
+        None if config.recipe == "pretrain" else choose_format(config, architecture, tokenizer)
+    )
+    if chat_format and (tokenizer.chat_template is None or config.data.chat_format != "auto"):
+        tokenizer.chat_template = chat_format.template
+    return Base(name, folder, architecture, tokenizer, chat_format, revision)
+
+
+def choose_format(
+    config: RunConfig, architecture: Architecture, tokenizer: PreTrainedTokenizerFast
+) -> ChatFormat:
+    """The config's prompt format, or the documented one of the base."""
+    if config.data.chat_format != "auto":
+        return FORMATS[config.data.chat_format]
+    scaling = architecture.rope_scaling
+    return detect_format(tokenizer, scaling.factor if scaling else None)
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """The architecture of a Hugging Face folder.
+
+    Raises:
+        InputError: no such folder, no config.json, or a model that is not a documented Llama.
+    """
+    if not folder.is_dir():
+        known = f"; documented hub ids: {', '.join(HUB_IDS)}" if "/" in str(folder) else ""
+        raise InputError(f"base.path {folder}: no such folder{known}")
+    config = artifact.read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("model_type") != "llama":
+        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+        raise InputError(f"{folder}/config.json: model_type is {found!r}; only llama is trained")
+    return from_llama_config(config)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a folder, as its index names them, or the single file.
+
+    Raises:
+        InputError: none, or a shard of the index is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(artifact.read_json(index)["weight_map"].values()))
+        missing = [n for n in names if "/" in n or not (folder / n).is_file()]
+        if missing:
+            raise InputError(f"{folder}: shards of the index are missing: {', '.join(missing)}")
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise InputError(
+            f"{folder}: no model.safetensors; pickled weights (.bin, .pt) are not read"
+        )
+    return [single]
+
+
+def load_model(base: Base, section: BaseSection, device: torch.device) -> LlamaForCausalLM:
+    """The weights of a base, in the type and storage its section asks for.
+
+    RoPE frequencies stay float32 whatever the type: the model is loaded in it, never cast to it.
+
+    Raises:
+        CannotContinue: not enough memory.
+    """
+    settings: dict[str, object] = {
+        "dtype": _DTYPES[section.dtype],
+        "attn_implementation": register(),
+        "use_safetensors": True,
+        "local_files_only": True,
+    }
+    if section.quantization != "none":
+        settings["quantization_config"] = quantization_config(section)
+        if device.type != "cpu":
+            settings["device_map"] = {"": device}
+    try:
+        model = LlamaForCausalLM.from_pretrained(str(base.folder), **settings)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise CannotContinue(f"{base.name}: does not fit into memory ({error})") from error
+    assert all(b.dtype == torch.float32 for n, b in model.named_buffers() if "inv_freq" in n)
+    return model
+
+
+def quantization_config(section: BaseSection) -> BitsAndBytesConfig:
+    """bitsandbytes' settings: NF4 or FP4 with double quantisation, or 8 bits.
+
+    Source: Dettmers et al. 2023, "QLoRA", arXiv:2305.14314.
+    """
+    if section.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=section.quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_DTYPES[section.dtype],
+    )
+
+
+def untrained_ids(model: LlamaForCausalLM, ids: list[int]) -> list[int]:
+    """Which of `ids` have an embedding row that training never touched: far smaller than usual."""
+    rows = model.get_input_embeddings().weight.detach()
+    norms = rows.float().norm(dim=1)
+    limit = 0.01 * norms.median()
+    return [token for token in ids if norms[token] < limit]
+
+
+def cache_root() -> Path:
+    """Where conversions are kept: FINETUNE_CACHE, or ~/.cache/plumbtune."""
+    return Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "plumbtune")
+
+
+def _write_random_base(config: RunConfig, folder: Path) -> None:
+    section = config.base
+    if section.tokenizer is None:
+        raise InputError("base.tokenizer: is needed with base.architecture; name a folder or file")
+    assert section.architecture is not None
+    architecture = architecture_of(section.architecture)
+    tokenizer = load_tokenizer(Path(section.tokenizer))
+    set_seed(config.run.seed)
+    model = LlamaForCausalLM(to_llama_config(architecture, "float32")).to(_DTYPES["float32"])
+    with artifact.staged(folder, {"base": "random weights", "seed": config.run.seed}) as stage:
+        model.save_pretrained(str(stage))
+        tokenizer.save_pretrained(str(stage))
+
+
+def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """A snapshot of a hub id; the network is used here and nowhere else.
+
+    Raises:
+        InputError: unknown id, no access, no network.
+    """
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise InputError(
+            f"base.path {hub_id}: not in the local cache and HF_HUB_OFFLINE=1 forbids the network; "
+            "unset it, or give a local folder"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    print(f"base     {hub_id}: from the hub", file=sys.stderr)
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"base.path {hub_id}: not to be had from the hub: {reason}") from None
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Tokenizer and chat template, so that plain transformers reads the same ids."""
+    tokenizer.save_pretrained(str(folder))
+
+
+def generation_config(base: Base) -> dict[str, object]:
+    """generation_config.json of what we write: greedy, with every stop id of the format."""
+    stops = base.chat_format.stop_ids(base.tokenizer) if base.chat_format else []
+    end = base.tokenizer.eos_token_id
+    ids = stops + ([end] if end is not None and end not in stops else [])
+    return {
+        "bos_token_id": base.tokenizer.bos_token_id,
+        "eos_token_id": ids[0] if len(ids) == 1 else ids,
+        "pad_token_id": base.tokenizer.pad_token_id,
+        "do_sample": False,
+    }
+
+
+def write_generation_config(base: Base, folder: Path) -> None:
+    """Writes generation_config.json; transformers' trainer would align it to one stop id."""
+    text = json.dumps(generation_config(base), indent=2) + "\n"
+    (folder / "generation_config.json").write_text(text, encoding="utf-8")

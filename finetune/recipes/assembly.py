@@ -1,0 +1,137 @@
+"""What every recipe's trainer is put together from: the parts, and the engine's arguments."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from finetune.config import RunConfig
+from finetune.data import RunData
+from finetune.packing import BatchPlan, best_fit
+from finetune.trainer import TrainerInputs
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A run's parts, ready to be put together.
+
+    Attributes:
+        config: the run's config.
+        run_path: the run folder.
+        model: base, with its adapter where there is one.
+        tokenizer: of the base.
+        data: documents of both sides.
+        num_ranks: processes that train.
+    """
+
+    config: RunConfig
+    run_path: Path
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerFast
+    data: RunData
+    num_ranks: int
+
+
+def plan_batches(config: RunConfig, data: RunData, num_ranks: int) -> BatchPlan:
+    """Packs the training documents; without packing each is a pack of its own."""
+    lengths = [len(d.input_ids) for d in data.train]
+    if config.data.packing:
+        packs = best_fit(lengths, config.data.max_length, config.run.seed)
+    else:
+        packs = [[index] for index in range(len(lengths))]
+    train = config.train
+    return BatchPlan(
+        packs, train.per_device_train_batch_size, train.gradient_accumulation_steps, num_ranks
+    )
+
+
+def trainer_inputs(parts: Parts) -> TrainerInputs:
+    """What the seams need."""
+    config = parts.config
+    return TrainerInputs(
+        train=parts.data.train,
+        heldout=parts.data.heldout,
+        plan=plan_batches(config, parts.data, parts.num_ranks),
+        seed=config.run.seed,
+        checkpoints=parts.run_path / "checkpoints",
+        save_total_limit=config.train.save_total_limit,
+        eval_batch_size=config.eval.per_device_eval_batch_size,
+    )
+
+
+def uses_bf16_autocast(config: RunConfig) -> bool:
+    """Whether the forward pass is autocast: `auto` is yes where the device has bfloat16 units and
+    the base is not held in bfloat16 already.
+    """
+    if config.train.bf16 != "auto":
+        return config.train.bf16
+    if config.base.dtype != "float32":
+        return False
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def engine_arguments(parts: Parts) -> dict[str, Any]:
+    """Arguments of TRL's config that follow from ours; everything it might do unasked is off."""
+    config, train = parts.config, parts.config.train
+    has_heldout = bool(parts.data.heldout)
+    return {
+        "output_dir": str(parts.run_path),
+        "seed": config.run.seed,
+        "num_train_epochs": train.num_train_epochs or 1.0,
+        "max_steps": train.max_steps or -1,
+        "per_device_train_batch_size": train.per_device_train_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.lr_scheduler_type,
+        "lr_scheduler_kwargs": dict(train.lr_scheduler_kwargs),
+        "warmup_steps": train.warmup_steps,
+        "weight_decay": train.weight_decay,
+        "adam_beta1": train.adam_beta1,
+        "adam_beta2": train.adam_beta2,
+        "adam_epsilon": train.adam_epsilon,
+        "max_grad_norm": train.max_grad_norm,
+        "optim": train.optim,
+        "bf16": uses_bf16_autocast(config),
+        "fp16": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "activation_checkpointing": train.activation_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "logging_strategy": "steps",
+        "logging_steps": train.logging_steps,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if has_heldout and train.eval_steps else "no",
+        "eval_steps": train.eval_steps,
+        "save_strategy": "steps",
+        "save_steps": train.save_steps,
+        "report_to": train.report_to,
+        "disable_tqdm": True,
+        "average_tokens_across_devices": True,
+        "ddp_find_unused_parameters": False,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "push_to_hub": False,
+    }
+
+
+def placeholder_rows(num_documents: int) -> Dataset:
+    """TRL asks for a `datasets.Dataset`; the rows themselves come from our own loader."""
+    return Dataset.from_dict({"document": list(range(num_documents))})
+
+
+@contextlib.contextmanager
+def trained_dtypes_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Undoes TRL's cast of QLoRA adapters to bfloat16: small updates vanish in it."""
+    before = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != before[name].dtype:
+            parameter.data = before[name].to(parameter.device)

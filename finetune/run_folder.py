@@ -1,0 +1,184 @@
+"""`runs/<name>/`: the one folder that train writes and every later verb reads."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from finetune.artifact import read_json, sweep, write_json
+from finetune.config import RunConfig
+from finetune.config.loader import Loaded, dump, read_run_config
+from finetune.errors import InputError
+
+_PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names and files of one run."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved config, with the origin of every value."""
+        return self.path / "config.yaml"
+
+    @property
+    def state_file(self) -> Path:
+        """run.json: state, exit code, reason."""
+        return self.path / "run.json"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, in PEFT's format."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """Full weights, only after full-weight training."""
+        return self.path / "model"
+
+    @property
+    def merged(self) -> Path:
+        """The merged model."""
+        return self.path / "merged"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """A line for every step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def eval(self) -> Path:
+        """Results of evaluations."""
+        return self.path / "eval"
+
+    def config(self) -> RunConfig:
+        """The run's resolved config."""
+        return read_run_config(self.path)
+
+    def state(self) -> dict[str, Any]:
+        """run.json, or nothing for a run that never started."""
+        return read_json(self.state_file) if self.state_file.exists() else {}
+
+    def write_state(self, **facts: Any) -> None:
+        """Replaces run.json."""
+        write_json(self.state_file, facts)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether training ended well."""
+        return self.state().get("state") == "finished"
+
+
+def open_run(loaded: Loaded) -> RunFolder:
+    """The run folder of a config, made where it is new.
+
+    Raises:
+        InputError: the folder belongs to another config; every differing key is named.
+    """
+    config = loaded.config
+    run = RunFolder(Path(config.run.dir) / config.run.name)
+    if run.config_file.exists():
+        differing = _differences(run.config(), config)
+        if differing:
+            hint = "choose another run.name, or remove the folder"
+            raise InputError([f"{run.path}: holds a run of another config; {hint}", *differing])
+        return run
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.config_file.write_text(dump(loaded), encoding="utf-8")
+    return run
+
+
+def _differences(old: RunConfig, new: RunConfig) -> list[str]:
+    before, after = _flat(old.model_dump()), _flat(new.model_dump())
+    ignored = {"run.resume"}
+    return [
+        f"{key}: the folder has {before.get(key)!r}, the config {after.get(key)!r}"
+        for key in sorted(set(before) | set(after))
+        if before.get(key) != after.get(key) and key not in ignored
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        parts = [_flat(item, f"{prefix}{key}.") for key, item in value.items()]
+        return {key: item for part in parts for key, item in part.items()}
+    return {prefix.rstrip("."): value}
+
+
+@contextlib.contextmanager
+def locked(run: RunFolder) -> Iterator[None]:
+    """Holds the run folder for this process; a lock ends with its process, however that dies.
+
+    Raises:
+        InputError: another process trains in it.
+    """
+    with (run.path / "lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise InputError(f"{run.path}: another process ({owner}) is training in it") from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"pid {os.getpid()}")
+        file.flush()
+        sweep(run.path)
+        sweep(run.checkpoints)
+        yield
+
+
+def find_run(name: str | None, runs: Path = Path("runs"), need: str = "config.yaml") -> RunFolder:
+    """The run a person names, or the newest one, which is then named aloud.
+
+    Args:
+        need: a file or folder the run must have.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name:
+        run = RunFolder(Path(name))
+        if not (run.path / need).exists():
+            raise InputError(f"{run.path}: is no run with {need}; `train` makes one")
+        return run
+    candidates = [p for p in runs.iterdir() if (p / need).exists()] if runs.is_dir() else []
+    if not candidates:
+        raise InputError(f"{runs}: holds no run with {need}; train first, or name a run")
+    newest = max(candidates, key=lambda path: (path / need).stat().st_mtime)
+    print(f"run      {newest} (the newest)", file=sys.stderr)
+    return RunFolder(newest)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, without names of hosts, users or paths."""
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

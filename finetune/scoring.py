@@ -1,0 +1,123 @@
+"""Held-out rows scored two ways: loss per trained token, and exact match of greedy answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.data import Document
+from finetune.heldout import HeldoutLoss, score
+from finetune.inference import Opened, Sampling, continue_prompts
+from finetune.llama.tokenizer import encode_text
+from finetune.rows import Example, read_rows
+
+GROUP_COLUMNS = ("family", "template")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question asked.
+
+    Attributes:
+        where: the row.
+        expected: the answer of the data.
+        written: what the model wrote.
+        groups: column -> value, for the breakdown.
+    """
+
+    where: str
+    expected: str
+    written: str
+    groups: dict[str, str]
+
+    @property
+    def is_right(self) -> bool:
+        """Equal but for spaces around."""
+        return self.written.strip() == self.expected.strip()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model on one set of rows."""
+
+    name: str
+    heldout: HeldoutLoss | None
+    answers: tuple[Answer, ...]
+
+    @property
+    def exact_match(self) -> float | None:
+        """Share of right answers."""
+        if not self.answers:
+            return None
+        return sum(a.is_right for a in self.answers) / len(self.answers)
+
+    def by_group(self, column: str) -> dict[str, tuple[int, int]]:
+        """Value of a column -> (right answers, answers)."""
+        result: dict[str, tuple[int, int]] = {}
+        for answer in self.answers:
+            if value := answer.groups.get(column):
+                right, count = result.get(value, (0, 0))
+                result[value] = (right + answer.is_right, count + 1)
+        return dict(sorted(result.items()))
+
+    def as_json(self) -> dict[str, Any]:
+        """The numbers of the command-line contract, and the exact match where it was asked."""
+        result: dict[str, Any] = {"model": self.name}
+        if self.heldout:
+            result |= self.heldout.as_json()
+        if self.answers:
+            result |= {"exact_match": self.exact_match, "answers": len(self.answers)}
+            result["groups"] = {c: g for c in GROUP_COLUMNS if (g := self.by_group(c))}
+        return result
+
+
+def score_model(
+    opened: Opened, documents: Sequence[Document], batch_size: int, max_new_tokens: int, ask: bool
+) -> Scores:
+    """Loss on the documents and, if asked, greedy answers to their last question."""
+    heldout = score(opened.model, documents, batch_size, opened.device)
+    answers = ask_last_questions(opened, documents, max_new_tokens) if ask else ()
+    return Scores(opened.name, heldout, tuple(answers))
+
+
+def ask_last_questions(
+    opened: Opened, documents: Sequence[Document], max_new_tokens: int
+) -> list[Answer]:
+    """The model's own greedy answer to the last question of every conversation."""
+    chat_format = opened.base.chat_format
+    assert chat_format is not None, "plain text asks nothing"
+    asked = [d for d in documents if d.example.messages[-1]["role"] == "assistant"]
+    tokenizer = opened.base.tokenizer
+    prompts = [chat_format.prompt(tokenizer, d.example.messages[:-1]) for d in asked]
+    written = continue_prompts(opened, prompts, Sampling(max_new_tokens))
+    return [
+        _answer(d.example, d.example.messages[-1]["content"], tokenizer.decode(ids))
+        for d, ids in zip(asked, written, strict=True)
+    ]
+
+
+def _answer(example: Example, expected: str, written: str) -> Answer:
+    groups = {c: str(example.extra[c]) for c in GROUP_COLUMNS if c in example.extra}
+    return Answer(example.where, expected, written, groups)
+
+
+def probe(opened: Opened, path: Path) -> Scores:
+    """Plain-notation skills: rows of `prompt` and `answer`, continued greedily without a format.
+
+    The continuation up to the answer's length must be the answer.
+    """
+    tokenizer, answers = opened.base.tokenizer, []
+    rows = read_rows(path)
+    bos = [tokenizer.bos_token_id]
+    prompts = [bos + encode_text(tokenizer, row["prompt"]) for _, row in rows]
+    longest = max(len(encode_text(tokenizer, row["answer"])) for _, row in rows)
+    continued = continue_prompts(opened, prompts, Sampling(longest + 4))
+    for (where, row), prompt, ids in zip(rows, prompts, continued, strict=True):
+        # Decoded together with the prompt: the space between them belongs to the text.
+        start = len(tokenizer.decode(prompt, skip_special_tokens=True))
+        text = tokenizer.decode(prompt + ids, skip_special_tokens=True)[start:].strip()
+        groups = {c: str(row[c]) for c in GROUP_COLUMNS if c in row}
+        answers.append(Answer(where, row["answer"], text[: len(row["answer"])], groups))
+    return Scores(opened.name, None, tuple(answers))

@@ -1,0 +1,177 @@
+"""The stages of a run between its config and its trainer, each saying what it found."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from transformers import set_seed
+
+from finetune import adapters, artifact
+from finetune.config import RunConfig
+from finetune.data import RunData, load_data
+from finetune.errors import CannotContinue
+from finetune.model import (
+    Base,
+    find_base,
+    load_model,
+    untrained_ids,
+    write_generation_config,
+    write_tokenizer,
+)
+from finetune.preview import show_example
+from finetune.recipes import Parts
+from finetune.run_folder import RunFolder, environment
+
+if TYPE_CHECKING:
+    from finetune.packing import BatchPlan
+    from finetune.trainer import OurSeams
+
+
+def device_of_rank() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def prepare_base(config: RunConfig, run: RunFolder, first: bool) -> Base:
+    """Finds the base; the first rank writes what is not there yet, the others wait for it."""
+    with first_rank_first(first):
+        base = find_base(config, run.path)
+    if first:
+        name = base.chat_format.name if base.chat_format else "none (plain text)"
+        _say(f"base     {base.name}: prompt format {name}, {len(base.tokenizer):,} token ids")
+        artifact.write_json(
+            run.path / "environment.json", {**environment(), "base_revision": base.revision}
+        )
+    return base
+
+
+def prepare_data(config: RunConfig, run: RunFolder, base: Base, first: bool) -> RunData:
+    """Rows to documents; the ledger is printed and saved."""
+    data = load_data(config, base.tokenizer, base.chat_format)
+    if first:
+        artifact.write_json(run.path / "data.json", data.as_json())
+        for ledger in data.ledgers:
+            if ledger.num_rows_read:
+                _say("\n".join(ledger.lines()))
+        _say(show_example(base.tokenizer, data.train[0]))
+    return data
+
+
+def prepare_model(config: RunConfig, base: Base, first: bool) -> torch.nn.Module:
+    """The base with a fresh adapter (or with all weights trainable), and the parameter report."""
+    model = load_model(base, config.base, device_of_rank())
+    if first:
+        _warn_untrained(model, base)
+    set_seed(config.run.seed)
+    if config.adapter.method == "none":
+        trained: torch.nn.Module = model
+    else:
+        trained = adapters.attach(model, config.adapter, base.name)
+    if first:
+        _say("\n".join(adapters.report_parameters(trained).lines()))
+    return trained
+
+
+def _warn_untrained(model: torch.nn.Module, base: Base) -> None:
+    if base.chat_format is None:
+        return
+    names = {s.text for s in base.chat_format.opening if s.control} | set(base.chat_format.stops)
+    vocabulary = base.tokenizer.get_vocab()
+    ids = {vocabulary[name]: name for name in names if name in vocabulary}
+    bare = [ids[token] for token in untrained_ids(model, sorted(ids))]
+    if bare:
+        _say(
+            f"warning: the base never trained {', '.join(bare)}; use its Instruct model as the base"
+        )
+
+
+def gather_parts(
+    config: RunConfig, run: RunFolder, base: Base, data: RunData, model: torch.nn.Module, ranks: int
+) -> Parts:
+    """Everything a recipe needs."""
+    return Parts(config, run.path, model, base.tokenizer, data, ranks)
+
+
+def describe_steps(parts: Parts, plan: BatchPlan) -> str:
+    """Steps and tokens as arithmetic, before the first one."""
+    train = parts.config.train
+    unit = "packs" if parts.config.data.packing else "rows"
+    per_epoch = plan.steps_per_epoch
+    total = train.max_steps or round(per_epoch * (train.num_train_epochs or 1))
+    tokens = sum(len(d.input_ids) for d in parts.data.train)
+    trained = sum(d.num_trained for d in parts.data.train)
+    return (
+        f"steps    {len(plan.packs):,} {unit} / ({plan.per_device} a device x {plan.accumulation} "
+        f"accumulated x {plan.num_ranks} ranks) = {per_epoch:,} steps an epoch; {total:,} steps, "
+        f"about {tokens // per_epoch:,} tokens ({trained // per_epoch:,} trained) each"
+    )
+
+
+def publish(run: RunFolder, base: Base, trainer: OurSeams, first: bool) -> None:
+    """Writes the trained adapter, or the trained model, with a manifest that names its base."""
+    if first:
+        is_adapter = hasattr(trainer.model, "peft_config")
+        target = run.adapter if is_adapter else run.model
+        if target.exists():  # published before the process died; run.json was not
+            artifact.remove(target)
+        facts = {
+            "kind": "adapter" if is_adapter else "model",
+            "base": base.name,
+            "base_fingerprint": base.fingerprint(),
+            "base_revision": base.revision,
+            "step": trainer.state.global_step,
+            "heldout_loss": trainer.last_heldout[1].loss if trainer.last_heldout else None,
+        }
+        with artifact.staged(target, facts) as stage:
+            _write_trained(trainer.model, stage, is_adapter)
+            write_tokenizer(base.tokenizer, stage)
+            if not is_adapter:
+                write_generation_config(base, stage)
+        _say(f"saved    {target}")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _write_trained(model: Any, stage: Path, is_adapter: bool) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise CannotContinue(f"{name} holds non-finite values; nothing is published")
+    if is_adapter:
+        adapters.save_adapter(model, stage)
+    else:
+        model.save_pretrained(str(stage))
+
+
+class first_rank_first:
+    """Runs a block on the first rank before the others, where ranks know of each other by file."""
+
+    def __init__(self, first: bool) -> None:
+        self.first = first
+
+    def __enter__(self) -> None:
+        if not self.first:
+            _barrier()
+
+    def __exit__(self, *_: object) -> None:
+        if self.first:
+            _barrier()
+
+
+def _barrier() -> None:
+    """Brings up the process group (gloo on CPU) where the launch has several ranks, and waits."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

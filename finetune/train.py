@@ -1,0 +1,186 @@
+"""`accelerate launch finetune/train.py CONFIG [key=value …]`: one config, one run folder.
+
+Reads like a table of contents: each line of `train` is a stage with a module of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a script: put the repository first, not finetune/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from finetune.config.loader import Loaded, load
+from finetune.errors import FinetuneError, InputError, Interrupted, exit_code_of, run_command
+
+if TYPE_CHECKING:
+    from finetune.run_folder import RunFolder
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains what a config says. Returns the exit code of the contract."""
+    args = _parse(argv)
+    loaded = load(args.config, args.overrides)
+    if args.smoke:
+        from finetune.smoke import run_smoke
+
+        return run_smoke(loaded)
+    return train(loaded)
+
+
+def train(loaded: Loaded) -> int:
+    """One run, from its config to its adapter (or model) on disk.
+
+    Raises:
+        FinetuneError: with the exit code of the contract; run.json says the same.
+    """
+    from finetune.run_folder import locked, open_run
+
+    check_launch()
+    _use_all_cores()
+    run = open_run(loaded)
+    if run.is_finished:
+        _say(f"run      {run.path} is finished; nothing to do")
+        return 0
+    with contextlib.ExitStack() as stack:
+        if is_first_rank():
+            stack.enter_context(locked(run))
+            stack.enter_context(_state_recorded(run))
+        _train(loaded, run)
+    return 0
+
+
+def _train(loaded: Loaded, run: RunFolder) -> None:
+    from finetune import checkpoint, stages
+    from finetune.monitor import StepMetrics, StopAtBoundary, stop_on_signals
+    from finetune.recipes import RECIPES
+
+    config = loaded.config
+    base = stages.prepare_base(config, run, is_first_rank())
+    data = stages.prepare_data(config, run, base, is_first_rank())
+    model = stages.prepare_model(config, base, is_first_rank())
+    parts = stages.gather_parts(config, run, base, data, model, num_ranks())
+    trainer = RECIPES[config.recipe](parts)
+    _check_ranks(trainer.accelerator.num_processes)
+    if is_first_rank():
+        _say(stages.describe_steps(parts, trainer.ours.plan))
+    resumed = checkpoint.find_resumable(run.checkpoints, config.run.resume)
+    if resumed:
+        _say(f"resume   from {resumed}")
+    with stop_on_signals() as flag:
+        stop = StopAtBoundary(flag)
+        trainer.add_callback(stop)
+        metrics = StepMetrics(trainer, run.metrics, show=is_first_rank())
+        if is_first_rank():
+            trainer.add_callback(metrics)
+        try:
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        finally:
+            metrics.close()
+        if stop.stopped:
+            step = trainer.state.global_step
+            raise Interrupted(
+                f"stopped after step {step}, saved; the same command goes on from there"
+            )
+        if trainer.ours.heldout:
+            trainer.evaluate()
+    stages.publish(run, base, trainer, is_first_rank())
+
+
+@contextlib.contextmanager
+def _state_recorded(run: RunFolder) -> Iterator[None]:
+    """Keeps run.json true: running, then finished, or the exit code and the reason."""
+    run.write_state(state="running", exit_code=None, reason=None)
+    try:
+        yield
+    except BaseException as error:
+        state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+        reason = str(error) if isinstance(error, FinetuneError) else type(error).__name__
+        run.write_state(state=state, exit_code=exit_code_of(error), reason=reason)
+        raise
+    run.write_state(state="finished", exit_code=0, reason=None)
+
+
+def num_ranks() -> int:
+    """Processes of this launch, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks and writes for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_launch() -> None:
+    """Refuses a launch that asked for several processes and got one.
+
+    `accelerate launch --cpu --num_processes 2` starts a single process on a machine without a
+    GPU and says nothing (accelerate 1.15).
+    """
+    asked = _accelerate_num_processes()
+    if asked is not None and asked != num_ranks():
+        raise InputError(
+            f"accelerate launch was asked for {asked} processes and started {num_ranks()}; "
+            "on CPU use --multi_gpu --num_processes N (gloo), or torchrun"
+        )
+
+
+def _accelerate_num_processes() -> int | None:
+    """`--num_processes N` of an `accelerate launch` above this process, where that is readable."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")
+    except (OSError, UnicodeDecodeError):
+        return None
+    if not any(Path(word).name in ("accelerate", "accelerate-launch") for word in words[:3]):
+        return None
+    for word, following in pairwise(words):
+        name, _, value = word.partition("=")
+        if name in ("--num_processes", "--num-processes"):
+            return int(value or following)
+    return None
+
+
+def _check_ranks(num_processes: int) -> None:
+    if num_processes != num_ranks():
+        raise InputError(
+            f"WORLD_SIZE is {num_ranks()}, but {num_processes} ranks found each other; "
+            "each would train alone and write the same folder. Launch with --multi_gpu or torchrun"
+        )
+
+
+def _use_all_cores() -> None:
+    """The launcher sets OMP_NUM_THREADS=1 even for one process; share the cores among the ranks."""
+    import torch
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(1, (cores or 1) // local))
+
+
+def _say(text: str) -> None:
+    if is_first_rank():
+        print(text, file=sys.stderr)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m finetune train", description=main.__doc__)
+    parser.add_argument("config", help="a YAML config, e.g. configs/lora_nano.yaml")
+    parser.add_argument("overrides", nargs="*", help="key=value, e.g. train.learning_rate=1e-4")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="the same config on a small random Llama: two steps, eval, merge, no network",
+    )
+    return parser.parse_intermixed_args(list(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda args: main(args), sys.argv[1:]))

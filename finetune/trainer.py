@@ -1,0 +1,193 @@
+"""The mix-in that puts the toolkit's seams around a TRL trainer.
+
+`class SftTrainer(OurSeams, SFTTrainer)`: the engine (accelerate, mixed precision, DDP, trackers,
+schedules) stays TRL's and transformers'. Ours are what is trained on (`get_train_dataloader`),
+the loss (`compute_loss`), the checkpoints (`_save_checkpoint` and its loaders) and the held-out
+loss (`evaluate`). Source of the facts about the engine: the installed transformers 5.23.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import Trainer, TrainerControl
+
+from finetune import checkpoint
+from finetune.artifact import staged
+from finetune.data import Document
+from finetune.errors import CannotContinue
+from finetune.fast.loss import IGNORED, Packed, token_losses
+from finetune.heldout import HeldoutLoss, score
+from finetune.packing import BatchPlan, Documents, PackLoader, PackSampler
+
+
+@dataclass(frozen=True)
+class TrainerInputs:
+    """What the seams need beyond TRL's own arguments.
+
+    Attributes:
+        train: documents to train on.
+        heldout: documents never trained on; may be empty.
+        plan: how packs become steps.
+        seed: of the row order.
+        checkpoints: folder of the checkpoints.
+        save_total_limit: checkpoints kept.
+        eval_batch_size: documents in one forward pass of the held-out loss.
+    """
+
+    train: Sequence[Document]
+    heldout: Sequence[Document]
+    plan: BatchPlan
+    seed: int
+    checkpoints: Path
+    save_total_limit: int
+    eval_batch_size: int
+
+
+class OurSeams(Trainer):
+    """Data, loss, checkpoint and evaluation seams; put before a TRL trainer in the bases."""
+
+    ours: TrainerInputs
+    control: TrainerControl
+    step_loss: float = math.nan  # nats per trained token of the last step, over all ranks
+    step_tokens: int = 0  # supervised tokens of the last step, over all ranks
+    step_num_tokens: int = 0  # all tokens of the last step, over all ranks
+    step_grad_norm: float = math.nan
+    step_learning_rate: float = math.nan
+    last_heldout: tuple[int, HeldoutLoss] | None = None
+
+    def set_inputs(self, inputs: TrainerInputs) -> None:
+        """Hands over the documents; the loss is divided by the step's tokens by ourselves."""
+        self.ours = inputs
+        self.loss_is_scaled_for_ga = True
+
+    # --- data ---------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> PackLoader:
+        """This rank's micro-batches; accelerate's own sharding would repeat or lose rows."""
+        documents = [(d.input_ids, d.train_mask) for d in self.ours.train]
+        sampler = PackSampler(self.ours.plan, self.ours.seed, self.args.process_index)
+        return PackLoader(Documents(documents, filler_id=0), sampler)
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The micro-batches of a step, and its supervised tokens over all of them and all ranks."""
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        supervised = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        all_tokens = sum(batch["labels"].numel() for batch in batches)
+        counts = torch.tensor([supervised, all_tokens], dtype=torch.float64)
+        total = _sum_over_ranks(counts, device)
+        self.step_tokens, self.step_num_tokens = (int(count) for count in total.tolist())
+        self._step_loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        return batches, total[0]
+
+    # --- loss ---------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum of token losses over the step's tokens; times the ranks, whose mean DDP takes."""
+        assert num_items_in_batch is not None
+        assert not return_outputs
+        loss_sum = token_losses(model, Packed(**inputs)).sum()
+        self._step_loss_sum += loss_sum.detach().double()
+        return loss_sum * (self.accelerator.num_processes / max(num_items_in_batch.item(), 1.0))
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
+        """Called once a step before the optimizer moves: the place to stop on bad numbers."""
+        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
+        total = _sum_over_ranks(self._step_loss_sum, self.args.device).item()
+        self.step_loss = total / max(self.step_tokens, 1)
+        self.step_grad_norm, self.step_learning_rate = norm, self._get_learning_rate()
+        if not math.isfinite(self.step_loss) or not math.isfinite(norm):
+            raise CannotContinue(
+                f"step {self.state.global_step + 1}: loss is {self.step_loss}, gradient norm "
+                f"{norm}; stopped before the weights moved. Try a lower learning rate"
+            )
+        return norm
+
+    # --- evaluation ---------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The held-out loss as sum over count, over all ranks; once for each step."""
+        step = self.state.global_step
+        if self.last_heldout is None or self.last_heldout[0] != step:
+            self.last_heldout = (step, self._score_heldout())
+        result = self.last_heldout[1]
+        metrics = {"eval_loss": result.loss, "eval_tokens": float(result.num_tokens)}
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _score_heldout(self) -> HeldoutLoss:
+        ranks, rank = self.args.world_size, self.args.process_index
+        mine = self.ours.heldout[rank::ranks]
+        result = score(self.model, mine, self.ours.eval_batch_size, self.args.device)
+        sums = torch.tensor([result.loss_sum, result.num_tokens], dtype=torch.float64)
+        loss_sum, num_tokens = _sum_over_ranks(sums, self.args.device).tolist()
+        return HeldoutLoss(loss_sum, int(num_tokens), result.rows)
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        states = _gather_objects(checkpoint.rng_state())
+        if self.args.should_save:
+            self._publish_checkpoint(states)
+        if dist.is_initialized():
+            dist.barrier()
+
+    def _publish_checkpoint(self, rng_states: list[dict[str, Any]]) -> None:
+        step = self.state.global_step
+        folder = checkpoint.step_folder(self.ours.checkpoints, step)
+        if folder.exists():
+            return
+        facts = {"kind": "checkpoint", "step": step, "epoch": self.state.epoch}
+        with staged(folder, {**facts, "num_ranks": self.args.world_size}) as stage:
+            checkpoint.save_weights(self.model, stage)
+            checkpoint.save_optimizer(self.optimizer, stage)
+            checkpoint.save_scheduler(self.lr_scheduler, stage)
+            checkpoint.save_rng(rng_states, stage)
+            self.state.save_to_json(str(stage / "trainer_state.json"))
+        checkpoint.write_latest(self.ours.checkpoints, step)
+        checkpoint.prune(self.ours.checkpoints, self.ours.save_total_limit)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint.load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
+        if checkpoint_path is not None:
+            checkpoint.load_optimizer(self.optimizer, Path(checkpoint_path))
+            checkpoint.load_scheduler(self.lr_scheduler, Path(checkpoint_path))
+
+    def _load_rng_state(self, checkpoint_path: str | None) -> None:
+        if checkpoint_path is not None:
+            checkpoint.load_rng(Path(checkpoint_path), self.args.process_index)
+
+
+def _sum_over_ranks(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Sums a float64 tensor over the ranks; one rank: the value itself."""
+    if not dist.is_initialized():
+        return value
+    value = value.clone().to(device)
+    dist.all_reduce(value)
+    return value
+
+
+def _gather_objects(value: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
