@@ -75,6 +75,20 @@ DEPENDENCES = (
         "data.heldout",
         "without held-out rows (data.heldout or data.heldout_fraction)",
     ),
+    Dependence(
+        "eval",
+        ("tasks",),
+        lambda config: config.recipe != "pretrain",
+        "recipe",
+        "on plain text (recipe: pretrain)",
+    ),
+    Dependence(
+        "eval",
+        ("max_new_tokens",),
+        lambda config: bool(config.eval.tasks) and config.recipe != "pretrain",
+        "eval.tasks",
+        "without a task that generates text (eval.tasks: exact_match)",
+    ),
 )
 
 

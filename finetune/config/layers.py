@@ -104,18 +104,19 @@ def _displaced(under: dict[str, Any], over: dict[str, Any]) -> Iterator[tuple[st
         displaced += [("adapter", key) for key in _ADAPTER_KEYS]
     if over.get("recipe") == "pretrain":
         displaced += [("data", key) for key in ("chat_format", "date_string", "train_on")]
-    if _gives_no_heldout_rows(over):
+        displaced += [("eval", key) for key in ("tasks", "max_new_tokens")]
+    if _empties(over, ("eval", "tasks")):
+        displaced.append(("eval", "max_new_tokens"))
+    if _empties(over, ("data", "heldout")) and not _chosen(over, ("data", "heldout_fraction")):
         displaced.append(("train", "eval_steps"))
     for path in dict.fromkeys(displaced):
         if _chosen(under, path) is not None and _chosen(over, path) is None:
             yield path
 
 
-def _gives_no_heldout_rows(over: dict[str, Any]) -> bool:
-    data = over.get("data")
-    if not isinstance(data, dict) or data.get("heldout_fraction"):
-        return False
-    return "heldout" in data and not data["heldout"]
+def _empties(layer: dict[str, Any], path: tuple[str, str]) -> bool:
+    section = layer.get(path[0])
+    return isinstance(section, dict) and path[1] in section and not section[path[1]]
 
 
 def _chosen(layer: dict[str, Any], path: tuple[str, str]) -> Any:

@@ -19,8 +19,8 @@ class Section(BaseModel):
     )
 
     def was_given(self, key: str) -> bool:
-        """Whether `key` was set by someone (null is the same as leaving it out)."""
-        return key in self.model_fields_set and getattr(self, key) is not None
+        """Whether `key` was set by someone; null or an empty list is the same as leaving it out."""
+        return key in self.model_fields_set and getattr(self, key) not in (None, ())
 
 
 def as_tuple(value: Any) -> Any:

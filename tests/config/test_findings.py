@@ -142,6 +142,8 @@ def test_wrong_values(tmp_path, override, found, allowed):
         (["data.train={path: a, columns: {question: q}}"], "data.train", "allowed: instruction"),
         (["train.max_steps=3", "train.num_train_epochs=1"], "train.max_steps", "exactly one"),
         (["train.eval_steps=5"], "train.eval_steps", "no effect without held-out rows"),
+        (["eval.max_new_tokens=5"], "eval.max_new_tokens", "no effect without a task"),
+        (["recipe=pretrain", "eval.tasks=exact_match"], "eval.tasks", "no effect on plain text"),
         (["train.optim=sgd", "train.adam_beta1=0.8"], "train.adam_beta1", "no effect with"),
         (["train.lr_scheduler_kwargs={power: 2}"], "train.lr_scheduler_kwargs", "num_cycles"),
         (["train.lr_scheduler_type=cosine_with_min_lr"], "train.lr_scheduler_kwargs", "min_lr_ra"),

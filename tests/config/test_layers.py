@@ -24,6 +24,9 @@ train:
   lr_scheduler_type: cosine_with_min_lr
   lr_scheduler_kwargs: {min_lr_rate: 0.1}
   eval_steps: 10
+eval:
+  tasks: exact_match
+  max_new_tokens: 7
 """
 
 
@@ -120,6 +123,8 @@ def test_a_longer_path_changes_one_entry_of_a_mapping(parent):
         (["data.heldout_fraction=0.1"], "data", {"heldout": (), "heldout_fraction": 0.1}),
         (["train.lr_scheduler_type=linear"], "train", {"lr_scheduler_kwargs": {}}),
         (["adapter.method=none"], "adapter", {"method": "none", "r": 16}),
+        (["eval.tasks=[]"], "eval", {"max_new_tokens": 128}),
+        (["recipe=pretrain"], "eval", {"tasks": (), "max_new_tokens": 128}),
         (["data.heldout=null"], "train", {"eval_steps": None}),
     ],
 )
