@@ -49,13 +49,15 @@ def export_checkpoint(
     """
     import torch
 
+    if num_shards < 1:
+        raise InputError(f"num_shards: {num_shards} is not allowed; it must be at least 1")
     arch = from_llama_config(artifact.read_json(hf_folder / "config.json"))
     tokenizer_path = _exportable_tokenizer(hf_folder)
     if embedding_split is None:
         embedding_split = _family_split(tokenizer_path)
     weights = list(weights_of(arch, num_shards, embedding_split))
     uneven = [w.meta for w in weights if not w.divides(num_shards)]
-    if uneven or num_shards < 1:
+    if uneven:
         raise InputError(f"num_shards: {num_shards} does not cut {uneven[:3]} into equal parts")
     params = _params(hf_folder, arch)
     files = _stored_weights(hf_folder, arch, weights)
@@ -103,7 +105,7 @@ def _part(
 
 
 def _params(hf_folder: Path, arch: Architecture) -> dict[str, Any]:
-    """The original params.json where it describes this very model, else one made from its config."""
+    """The original params.json where it describes this very model, else one that is made."""
     kept = hf_folder / ORIGINAL / PARAMS
     made = to_params_json(arch)
     if not kept.is_file():
