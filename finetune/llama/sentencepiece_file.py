@@ -26,6 +26,7 @@ class TokenizerParts:
         tokenizer: the rebuilt one; control tokens are added tokens, nothing adds BOS yet.
         bos, eos, unk, pad: special tokens by role, None where the file has none.
         encode_original: texts -> ids by the original library, without BOS.
+        probe: the vocabulary as text, to be compared with the original's ids.
     """
 
     tokenizer: Tokenizer
@@ -34,6 +35,7 @@ class TokenizerParts:
     unk: str | None
     pad: str | None
     encode_original: Callable[[Sequence[str]], list[list[int]]]
+    probe: tuple[str, ...]
 
 
 def read_sentencepiece(path: Path) -> TokenizerParts:
@@ -67,14 +69,17 @@ def read_sentencepiece(path: Path) -> TokenizerParts:
     tokenizer.normalizer = _normalizer(prefixed)
     if symbols:
         longest_first = sorted(symbols, key=len, reverse=True)
-        pattern = "|".join(re.escape(symbol.replace(" ", _SPACE)) for symbol in longest_first)
+        pattern = "|".join(re.escape(symbol) for symbol in longest_first)
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = _decoder(prefixed)
     special = [text for text, _, kind in pieces if kind in (_CONTROL, _UNKNOWN)]
     tokenizer.add_special_tokens(
         [AddedToken(text, special=True, normalized=False) for text in special]
     )
-    return TokenizerParts(tokenizer, *_roles(model, unk), _encoder(model.SerializeToString()))
+    plain = [text.replace(_SPACE, " ") for text in mergeable]
+    after_symbol = [symbols[0] + text for text in plain] if symbols else []
+    encode = _encoder(model.SerializeToString())
+    return TokenizerParts(tokenizer, *_roles(model, unk), encode, (*plain, *after_symbol))
 
 
 def _parse(path: Path) -> Any:

@@ -87,7 +87,8 @@ def read_tiktoken(
     tokenizer.decoder = decoders.ByteLevel()
     names = special_tokens(is_llama_30)
     tokenizer.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
-    return TokenizerParts(tokenizer, names[0], names[1], None, None, _encoder(ranks))
+    probe = tuple(text for piece in ranks if (text := _as_text(piece)))
+    return TokenizerParts(tokenizer, names[0], names[1], None, None, _encoder(ranks), probe)
 
 
 def looks_like_tiktoken(head: bytes) -> bool:
@@ -136,6 +137,13 @@ def _byte_letters() -> dict[int, str]:
     letters = {byte: chr(byte) for byte in printable}
     others = [byte for byte in range(256) if byte not in letters]
     return letters | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+
+
+def _as_text(piece: bytes) -> str | None:
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _encoder(ranks: dict[bytes, int]) -> Callable[[Sequence[str]], list[list[int]]]:

@@ -15,7 +15,7 @@ import json
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +197,7 @@ def _from_original(path: Path, folder: Path) -> PreTrainedTokenizerFast:
         **named,
         **settings,
     )
-    pieces = [piece for piece in _pieces(parts.tokenizer) if piece.isprintable()]
-    prove_equal(path, lambda t: encode_texts(tokenizer, t), parts.encode_original, pieces)
+    prove_equal(path, lambda t: encode_texts(tokenizer, t), parts.encode_original, parts.probe)
     return _with_padding(tokenizer, path)
 
 
@@ -224,15 +223,6 @@ def _facts_beside(folder: Path) -> tuple[int | None, bool]:
             known = isinstance(vocab_size, int) and vocab_size > NUM_SPECIAL
             return vocab_size if known else None, not scaled
     return None, False
-
-
-def _pieces(backend: Tokenizer) -> Iterator[str]:
-    """The vocabulary as text, to be encoded again."""
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    size = backend.get_vocab_size(with_added_tokens=False)
-    for start in range(0, size, 4096):
-        ids = [[token_id] for token_id in range(start, min(start + 4096, size))]
-        yield from (text for text in backend.decode_batch(ids) if text not in added)
 
 
 def _with_padding(tokenizer: PreTrainedTokenizerFast, path: Path) -> PreTrainedTokenizerFast:

@@ -50,19 +50,19 @@ PROBE: tuple[str, ...] = (
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
-def prove_equal(path: Path, ours: Encode, original: Encode, pieces: Sequence[str] = ()) -> None:
+def prove_equal(path: Path, ours: Encode, original: Encode, probe: Sequence[str] = ()) -> None:
     """Compares ids on the probe corpus and on the tokenizer's own pieces.
 
     Args:
         path: the original's file, for the message.
         ours: texts -> ids by the rebuilt tokenizer, without BOS.
         original: the same by the original library.
-        pieces: the vocabulary's own strings.
+        probe: more texts to try: the vocabulary's own.
 
     Raises:
         InputError: a string gets other ids; the first such string is named.
     """
-    texts = [*PROBE, *pieces]
+    texts = [*PROBE, *probe]
     for text, our_ids, true_ids in zip(texts, ours(texts), original(texts), strict=True):
         if our_ids != true_ids:
             raise InputError(

@@ -21,8 +21,10 @@ def sentences(num_sentences: int = 400) -> list[str]:
     """Seeded nonsense of common words, numbers, indents and a few other scripts."""
     chance = random.Random(0)
     extras = ["13", "2024", "don't", "naïve", "été", "中文", "    x", "---", "...", "🙂", "(a)"]
+    syllables = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u", "er", "an")]
+    made = ["".join(chance.choices(syllables, k=chance.randint(1, 4))) for _ in range(400)]
     return [
-        " ".join(chance.choice(WORDS + extras) for _ in range(chance.randint(3, 12)))
+        " ".join(chance.choice(WORDS + extras + made) for _ in range(chance.randint(3, 12)))
         for _ in range(num_sentences)
     ]
 
