@@ -20,6 +20,7 @@ from finetune.llama.hyperparameters import Architecture
 from finetune.llama.meta_checkpoint import (
     PARAMS,
     MetaCheckpoint,
+    check_intact,
     is_meta_folder,
     read_checkpoint,
 )
@@ -40,7 +41,7 @@ __all__ = [
     "read_checkpoint",
 ]
 
-MAX_FILE_BYTES = 2_000_000_000  # of one safetensors file, and so about the peak of an import
+MAX_FILE_BYTES = 1_500_000_000  # of one safetensors file, and so about the peak of an import
 _STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # Llama 3; all of those that exist
 
 
@@ -77,6 +78,7 @@ def import_checkpoint(
     checkpoint = read_checkpoint(source)
     tokenizer_path = tokenizer or _tokenizer_beside(source)
     loaded, arch = _with_tokenizer(checkpoint, tokenizer_path)
+    check_intact(checkpoint.shards)
     with artifact.staged(out, {"kind": "import", "source": str(source)}) as folder:
         _write_weights(checkpoint, arch, folder, dtype, max_file_bytes)
         _write_settings(arch, loaded, folder, dtype or checkpoint.dtype)

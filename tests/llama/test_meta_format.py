@@ -290,6 +290,15 @@ def test_a_pickle_that_runs_code_is_not_run(as_zip, two_shards, tmp_path):
     assert not trace.exists()
 
 
+def test_a_flipped_bit_in_the_weights_is_seen(two_shards, tmp_path):
+    path = two_shards / "consolidated.01.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)  # PyTorch itself notices nothing
+    refused(two_shards, tmp_path, "consolidated.01.pth", "damaged", "checksum")
+
+
 def test_weights_of_other_names_or_types(two_shards, tmp_path):
     path = two_shards / "consolidated.00.pth"
     state = torch.load(path, weights_only=True)
