@@ -101,7 +101,7 @@ def _part(
         )
     if weight.rotated:
         whole = hf_to_meta_rows(whole, num_rotated_heads(weight, arch))
-    return cut(weight, whole, num_shards)[shard]
+    return cut(weight, whole, num_shards, shard)
 
 
 def _params(hf_folder: Path, arch: Architecture) -> dict[str, Any]:

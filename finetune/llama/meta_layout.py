@@ -141,9 +141,9 @@ def join(weight: Weight, parts: list[Tensor]) -> Tensor:
     return kept[0] if len(kept) == 1 else torch.cat(kept, dim=weight.split)
 
 
-def cut(weight: Weight, whole: Tensor, num_shards: int) -> list[Tensor]:
-    """The inverse of `join`; the parts own their memory."""
+def cut(weight: Weight, whole: Tensor, num_shards: int, shard: int) -> Tensor:
+    """What one shard holds of a weight, in memory of its own: the inverse of `join`."""
     if weight.split is None:
-        return [whole.clone() for _ in range(num_shards)]
+        return whole.clone()
     parts = whole.chunk(num_shards // weight.num_copies, dim=weight.split)
-    return [part.clone() for part in parts for _ in range(weight.num_copies)]
+    return parts[shard // weight.num_copies].clone()
