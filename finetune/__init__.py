@@ -1,6 +1,8 @@
 """Plumbtune: parameter-efficient fine-tuning of Llama models, with numbers that can be checked."""
 
+import logging
 import os
+import warnings
 
 __version__ = "0.1.0"
 
@@ -10,3 +12,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+# What these say is either checked by ourselves (`finetune.model` refuses a missing or unexpected
+# weight) or about the libraries' own next versions.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, set_seed
+from transformers import set_seed
 
 from finetune import artifact
 from finetune.adapters import load_adapter
@@ -17,7 +17,7 @@ from finetune.config.base import BaseSection
 from finetune.errors import InputError
 from finetune.fast.attention import register
 from finetune.heldout import evaluating
-from finetune.model import Base, find_base, load_model, open_base
+from finetune.model import Base, find_base, load_model, open_base, read_weights
 from finetune.run_folder import RunFolder
 
 VARIANTS = ("base", "adapter", "model", "merged")
@@ -106,8 +106,8 @@ def open_folder(folder: Path, config: RunConfig, name: str | None = None) -> Ope
     section = BaseSection(path=str(folder))
     base = open_base(folder, section, config, str(folder))
     device = pick_device()
-    model = LlamaForCausalLM.from_pretrained(
-        str(folder), attn_implementation=register(), use_safetensors=True, local_files_only=True
+    model = read_weights(
+        folder, attn_implementation=register(), use_safetensors=True, local_files_only=True
     )
     return Opened(name or str(folder), model.to(device).eval(), base, device)
 

@@ -58,11 +58,13 @@ class MergePlan:
     Attributes:
         base: the base's folder.
         updates: tensor name in the base -> its update.
+        trained_dtype: type the base was held in while the adapter was trained.
         dtype: type of the merged weights.
     """
 
     base: Base
     updates: dict[str, Update]
+    trained_dtype: torch.dtype
     dtype: torch.dtype
 
 
@@ -90,7 +92,8 @@ def plan_merge(run: RunFolder, dtype: str | None) -> MergePlan:
     findings = [f for name, u in updates.items() if (f := _misfit(name, u, shapes.get(name)))]
     if findings:
         raise CheckFailed("\n".join(findings))
-    return MergePlan(base, updates, DTYPES[dtype or config.base.dtype])
+    trained_dtype = DTYPES[config.base.dtype]
+    return MergePlan(base, updates, trained_dtype, DTYPES[dtype] if dtype else trained_dtype)
 
 
 def read_updates(adapter: Path) -> dict[str, Update]:
@@ -133,10 +136,14 @@ def _misfit(name: str, update: Update, shape: tuple[int, ...] | None) -> str | N
 
 
 def merged_tensors(plan: MergePlan, path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of one base shard, merged where they are targeted, in the output type."""
+    """The tensors of one base shard, merged where they are targeted, in the output type.
+
+    The base is first rounded to the type it was trained on: that model is the one to reproduce.
+    """
     with safe_open(str(path), framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
-            tensor, update = file.get_tensor(name), plan.updates.get(name)
+            tensor = file.get_tensor(name).to(plan.trained_dtype)
+            update = plan.updates.get(name)
             yield name, (update.apply(tensor) if update else tensor).to(plan.dtype).contiguous()
 
 

@@ -12,9 +12,11 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers.utils import logging
 
 from finetune import artifact
 from finetune.adapters import fingerprint_of_files
@@ -34,6 +36,7 @@ from finetune.llama.chat import FORMATS, ChatFormat, detect_format
 from finetune.llama.tokenizer import load_tokenizer
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+logging.disable_progress_bar()
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -203,10 +206,27 @@ def load_model(base: Base, section: BaseSection, device: torch.device) -> LlamaF
         settings["quantization_config"] = quantization_config(section)
         if device.type != "cpu":
             settings["device_map"] = {"": device}
+    return read_weights(base.folder, **settings)
+
+
+def read_weights(folder: Path, **settings: Any) -> LlamaForCausalLM:
+    """`from_pretrained` on a folder, with every weight accounted for.
+
+    Raises:
+        InputError: weights that are missing, unexpected, or of another shape.
+        CannotContinue: not enough memory.
+    """
     try:
-        model = LlamaForCausalLM.from_pretrained(str(base.folder), **settings)
+        model, info = LlamaForCausalLM.from_pretrained(
+            str(folder), output_loading_info=True, **settings
+        )
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise CannotContinue(f"{base.name}: does not fit into memory ({error})") from error
+        raise CannotContinue(f"{folder}: does not fit into memory ({error})") from error
+    findings = [
+        f"{folder}: {kind}: {sorted(map(str, keys))[:5]}" for kind, keys in info.items() if keys
+    ]
+    if findings:
+        raise InputError(findings)
     assert all(b.dtype == torch.float32 for n, b in model.named_buffers() if "inv_freq" in n)
     return model
 
@@ -247,7 +267,7 @@ def _write_random_base(config: RunConfig, folder: Path) -> None:
     architecture = architecture_of(section.architecture)
     tokenizer = load_tokenizer(Path(section.tokenizer))
     set_seed(config.run.seed)
-    model = LlamaForCausalLM(to_llama_config(architecture, "float32")).to(_DTYPES["float32"])
+    model = LlamaForCausalLM(to_llama_config(architecture, "float32")).to(_DTYPES[section.dtype])
     with artifact.staged(folder, {"base": "random weights", "seed": config.run.seed}) as stage:
         model.save_pretrained(str(stage))
         tokenizer.save_pretrained(str(stage))

@@ -117,6 +117,7 @@ def _proof_documents(run: RunFolder, base: Base) -> list[Document]:
 
 def _compare_weights(attached: Opened, merged: Opened) -> dict[str, Any]:
     """Every targeted matrix: PEFT's W + delta against the merged tensor."""
+    merged.model.requires_grad_(False)
     merged_weights = dict(merged.model.named_parameters())
     worst, unchanged = 0.0, []
     for name, module in attached.model.named_modules():
