@@ -119,10 +119,25 @@ def _refuse_other_kinds(path: Path, model: Any) -> None:
         found.append("it has unused pieces; the documented Llamas have none")
     if kinds.count(_UNKNOWN) != 1:
         found.append(f"it has {kinds.count(_UNKNOWN)} unknown tokens, one is needed")
+    if tied := _tied_pieces(model):
+        found.append(f"the pieces {tied} have one score, so that neither is joined first")
     if trainer.byte_fallback and kinds.count(_BYTE) != 256:
         found.append(f"it has {kinds.count(_BYTE)} byte pieces, 256 are needed")
     if found:
         raise InputError([f"{path}: {finding}" for finding in found])
+
+
+def _tied_pieces(model: Any) -> list[str]:
+    """Pieces of equal score, whose order of joining a list of merges cannot express.
+
+    Runs of one letter are well: Llama 2 scores its runs of spaces alike (see `merges`).
+    """
+    by_score: dict[float, list[str]] = {}
+    for piece in model.pieces:
+        if piece.type == _NORMAL and len(piece.piece) > 1:
+            by_score.setdefault(piece.score, []).append(piece.piece)
+    tied = (group for group in by_score.values() if len(group) > 1)
+    return next((group[:4] for group in tied if len(set("".join(group))) > 1), [])
 
 
 def _normalizer(prefixed: bool) -> Any:

@@ -57,6 +57,19 @@ def sentencepiece_model(
     return out.getvalue()
 
 
+def scored_model(pieces: list[tuple[str, float]]) -> bytes:
+    """A model of the given pieces and scores, after the 259 unknown, control and byte pieces."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(sentencepiece_model(300))
+    del model.pieces[259:]
+    for text, score in pieces:
+        model.pieces.add(piece=text, score=score, type=1)
+    model.trainer_spec.vocab_size = len(model.pieces)
+    return model.SerializeToString()
+
+
 @functools.cache
 def tiktoken_model(vocab_size: int) -> bytes:
     """Ranks by plain byte-pair counting, `vocab_size` less the 256 special tokens."""

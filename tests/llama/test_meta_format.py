@@ -184,6 +184,35 @@ def test_an_import_without_the_permutation_fails_the_reference(hf_folder, tmp_pa
     assert (logits_of(tmp_path / "wrong", IDS) - wanted).abs().max() > 1e-1
 
 
+@pytest.mark.parametrize("family", ["llama2", "llama3"])
+def test_each_shard_does_its_part_of_the_products(family, hf_folder, tmp_path):
+    """What model parallelism asks of a shard, in Meta's own words: column-parallel parts give a
+    slice of the output each, row-parallel parts take a slice of the input and are added up."""
+    arch = small(family)
+    source = hf_folder(arch, family)
+    whole = {name: w.double() for name, w in meta_weights(source, arch).items()}
+    meta.export_checkpoint(source, tmp_path / "meta", 4)
+    shards = [{k: v.double() for k, v in s.items()} for s in shards_of(tmp_path / "meta")]
+    torch.manual_seed(0)
+    for name in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1",
+                 "feed_forward.w3"):  # fmt: skip
+        key = f"layers.1.{name}.weight"
+        x = torch.randn(whole[key].shape[1], dtype=torch.float64)
+        slices = [shard[key] @ x for shard in shards]
+        assert torch.allclose(torch.cat(slices), whole[key] @ x, rtol=0, atol=1e-12), name
+    for name in ("attention.wo", "feed_forward.w2"):
+        key = f"layers.1.{name}.weight"
+        x = torch.randn(whole[key].shape[1], dtype=torch.float64)
+        parts = [shard[key] @ piece for shard, piece in zip(shards, x.chunk(4), strict=True)]
+        assert torch.allclose(sum(parts), whole[key] @ x, rtol=0, atol=1e-12), name
+    head = [shard["output.weight"] for shard in shards]
+    assert torch.equal(torch.cat(head), whole["output.weight"])
+    rows = [shard["tok_embeddings.weight"] for shard in shards]
+    looked_up = torch.cat(rows)[77] if family == "llama3" else torch.cat([r[77] for r in rows])
+    assert torch.equal(looked_up, whole["tok_embeddings.weight"][77])
+    assert all(torch.equal(s["norm.weight"], whole["norm.weight"]) for s in shards)
+
+
 def test_the_permutation_takes_pairs_apart():
     rows = torch.arange(12.0)[:, None]  # two heads of six channels
     turned = meta_to_hf_rows(rows, 2)[:, 0].tolist()

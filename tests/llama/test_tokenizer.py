@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import subprocess
@@ -15,7 +16,7 @@ import sentencepiece
 import tiktoken
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_tokenizers import sentencepiece_model, sentences, tiktoken_model
+from small_tokenizers import scored_model, sentencepiece_model, sentences, tiktoken_model
 from transformers import AutoTokenizer
 
 from finetune.errors import InputError
@@ -337,6 +338,41 @@ def test_kinds_of_sentencepiece_that_no_llama_uses_are_refused(changes, word, tm
     file = tmp_path / "tokenizer.model"
     file.write_bytes(sentencepiece_model(320, **changes))
     with pytest.raises(InputError, match=word):
+        t.load_tokenizer(file)
+
+
+@pytest.mark.parametrize("lengths", [(2, 3, 5), (2, 4, 8), (2, 3, 4, 5, 6, 7, 8), (2, 3, 4, 6, 9)])
+def test_runs_that_share_a_score_join_leftmost_first(lengths, tmp_path):
+    """As Llama 2's runs of spaces do, here with gaps between the lengths."""
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(scored_model([("▁", -1.0)] + [("▁" * n, -1e9) for n in lengths]))
+    tokenizer, oracle = t.load_tokenizer(file), spm_oracle(file)
+    texts = [" " * n + end for n in range(80) for end in ("", "x", " x ")]
+    assert differing(texts, t.encode_texts(tokenizer, texts), oracle) == []
+
+
+def test_overlapping_splits_join_as_in_the_original(tmp_path):
+    """Random small vocabularies of two letters, every text of up to seven letters."""
+    texts = ["".join(x) for n in range(1, 8) for x in itertools.product("er", repeat=n)]
+    chance = random.Random(0)
+    for number in range(40):
+        parts, pieces = {"e", "r"}, [("e", -100.0), ("r", -101.0)]
+        for text in chance.sample(texts, len(texts)):
+            if len(pieces) < 12 and any(
+                text[:cut] in parts and text[cut:] in parts for cut in range(1, len(text))
+            ):
+                parts.add(text)
+                pieces.append((text, -float(len(pieces))))
+        file = tmp_path / f"{number}.model"
+        file.write_bytes(scored_model(pieces))
+        ours = t.encode_texts(t.load_tokenizer(file), texts)
+        assert differing(texts, ours, spm_oracle(file)) == []
+
+
+def test_other_pieces_that_share_a_score_are_refused(tmp_path):
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(scored_model([("bc", -1.0), ("ab", -1.0), ("a", -5), ("b", -6), ("c", -7)]))
+    with pytest.raises(InputError, match=r"\['bc', 'ab'\] have one score"):
         t.load_tokenizer(file)
 
 
