@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 from finetune import artifact
 from finetune.adapters import ADAPTER_FILES
 from finetune.errors import CheckFailed, InputError
+from finetune.llama.tokenizer import save_tokenizer
 from finetune.model import (
     Base,
     find_base,
     weight_files,
     write_generation_config,
-    write_tokenizer,
 )
 from finetune.proof import prove
 from finetune.run_folder import RunFolder, find_run
@@ -158,7 +158,7 @@ def write_merged(plan: MergePlan, folder: Path) -> None:
     settings.pop("torch_dtype", None)
     settings["dtype"] = str(plan.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    write_tokenizer(plan.base.tokenizer, folder)
+    save_tokenizer(plan.base.tokenizer, folder)
     write_generation_config(plan.base, folder)
 
 

@@ -33,7 +33,8 @@ from finetune.llama.architecture import (
     to_llama_config,
 )
 from finetune.llama.chat import FORMATS, ChatFormat, detect_format
-from finetune.llama.tokenizer import load_tokenizer
+from finetune.llama.meta_format import cached_import
+from finetune.llama.tokenizer import load_tokenizer, save_tokenizer
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 logging.disable_progress_bar()
@@ -88,10 +89,9 @@ def find_base(config: RunConfig, run_path: Path) -> Base:
     else:
         assert section.path is not None
         name, folder = section.path, Path(section.path)
-        if (folder / "params.json").is_file():
-            from finetune.llama.meta_format import cached_import
-
-            folder = cached_import(folder, cache_root())
+        if _is_meta_layout(folder):
+            tokenizer = Path(section.tokenizer) if section.tokenizer else None
+            folder = cached_import(folder, cache_root(), tokenizer)
             name = str(folder)
     return open_base(folder, section, config, name, revision)
 
@@ -109,13 +109,18 @@ def read_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerFast, ChatForm
         if section.is_hub_id:
             folder = _download(section.path, section.revision, ["*.json", "*.model", "*.jinja"])
         tokenizer = load_tokenizer(Path(section.tokenizer) if section.tokenizer else folder)
-        if (folder / "params.json").is_file():
+        if _is_meta_layout(folder):
             architecture = from_params_json(artifact.read_json(folder / "params.json"))
         else:
             architecture = read_architecture(folder)
     if config.recipe == "pretrain":
         return tokenizer, None
     return tokenizer, choose_format(config, architecture, tokenizer)
+
+
+def _is_meta_layout(folder: Path) -> bool:
+    """Meta's params.json and no config.json: a missing shard is then the importer's to name."""
+    return (folder / "params.json").is_file() and not (folder / "config.json").is_file()
 
 
 def open_base(
@@ -270,7 +275,7 @@ def _write_random_base(config: RunConfig, folder: Path) -> None:
     model = LlamaForCausalLM(to_llama_config(architecture, "float32")).to(_DTYPES[section.dtype])
     with artifact.staged(folder, {"base": "random weights", "seed": config.run.seed}) as stage:
         model.save_pretrained(str(stage))
-        tokenizer.save_pretrained(str(stage))
+        save_tokenizer(tokenizer, stage)
 
 
 def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
@@ -293,11 +298,6 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"base.path {hub_id}: not to be had from the hub: {reason}") from None
-
-
-def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Tokenizer and chat template, so that plain transformers reads the same ids."""
-    tokenizer.save_pretrained(str(folder))
 
 
 def generation_config(base: Base) -> dict[str, object]:

@@ -15,13 +15,13 @@ from finetune import adapters, artifact
 from finetune.config import RunConfig
 from finetune.data import RunData, load_data
 from finetune.errors import CannotContinue
+from finetune.llama.tokenizer import save_tokenizer
 from finetune.model import (
     Base,
     find_base,
     load_model,
     untrained_ids,
     write_generation_config,
-    write_tokenizer,
 )
 from finetune.preview import show_example
 from finetune.recipes import Parts
@@ -131,7 +131,7 @@ def publish(run: RunFolder, base: Base, trainer: OurSeams, first: bool) -> None:
         }
         with artifact.staged(target, facts) as stage:
             _write_trained(trainer.model, stage, is_adapter)
-            write_tokenizer(base.tokenizer, stage)
+            save_tokenizer(base.tokenizer, stage)
             if not is_adapter:
                 write_generation_config(base, stage)
         _say(f"saved    {target}")
