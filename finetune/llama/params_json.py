@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.errors import InputError
 from finetune.llama.architecture_spec import architecture_of, did_you_mean
-from finetune.llama.hyperparameters import Architecture, swiglu_width
+from finetune.llama.hyperparameters import Architecture, RopeScaling, swiglu_width
 from finetune.llama.presets import PRESETS
 
 _PARAMS = (
@@ -72,8 +72,9 @@ def to_params_json(arch: Architecture) -> dict[str, Any]:
     """Meta's params.json for an architecture.
 
     A width that was given itself is expressed by a `multiple_of` and `ffn_dim_multiplier` that
-    give it. `rope_scaling_factor` is written only where it is not Llama 3.1's 8 (the field is
-    llama-models' own; the released files lack it).
+    give it. Meta's files say of RoPE only `use_scaled_rope`; where that would be read as another
+    scaling than this model's, `rope_scaling_factor` and `rope_high_freq_factor` are added, which
+    `from_params_json` reads.
 
     Raises:
         InputError: the RoPE scaling is one that params.json cannot say.
@@ -100,9 +101,10 @@ def to_params_json(arch: Architecture) -> dict[str, Any]:
                 f"1.0 and 8192 can be exported, this model has {stretch.low_freq_factor} and "
                 f"{stretch.original_max_position_embeddings}"
             )
-        if stretch.factor != 8.0:
+        documented = _documented_scaling(arch)
+        if stretch.factor != documented.factor:
             params["rope_scaling_factor"] = stretch.factor
-        if stretch.high_freq_factor != 4.0:
+        if stretch.high_freq_factor != documented.high_freq_factor:
             params["rope_high_freq_factor"] = stretch.high_freq_factor
     return params
 
@@ -122,14 +124,19 @@ def _factors_of_width(arch: Architecture) -> tuple[int, float | None]:
 def _with_documented_scaling(arch: Architecture, params: Mapping[str, Any]) -> Architecture:
     if arch.rope_scaling is None:
         return arch
-    shapes = {_shape(p): p.rope_scaling for p in PRESETS.values() if p.rope_scaling is not None}
-    scaling = shapes.get(_shape(arch), arch.rope_scaling)
+    scaling = _documented_scaling(arch)
     scaling = dataclasses.replace(
         scaling,
         factor=float(params.get("rope_scaling_factor") or scaling.factor),
         high_freq_factor=float(params.get("rope_high_freq_factor") or scaling.high_freq_factor),
     )
     return dataclasses.replace(arch, rope_scaling=scaling)
+
+
+def _documented_scaling(arch: Architecture) -> RopeScaling:
+    """What `use_scaled_rope` alone stands for: the documented model's scaling, else 3.1's."""
+    shapes = {_shape(p): p.rope_scaling for p in PRESETS.values() if p.rope_scaling is not None}
+    return shapes.get(_shape(arch), RopeScaling())
 
 
 def _with_documented_context(

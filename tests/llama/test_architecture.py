@@ -43,6 +43,9 @@ def test_config_and_params_json_both_ways(name):
     assert a.from_llama_config(config) == arch
     assert a.from_llama_config(json.loads(config.to_json_string())) == arch
     params = json.loads(json.dumps(a.to_params_json(arch)))
+    fields = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of"}
+    fields |= {"ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope"}
+    assert set(params) <= fields  # Meta's own code takes no others
     back = a.from_params_json(
         params,
         tie_word_embeddings=arch.tie_word_embeddings,
@@ -147,6 +150,8 @@ def test_params_json_takes_what_it_does_not_say_from_the_documented_model():
     assert (arch.rope_scaling.factor, arch.context) == (32.0, 131072)
     llama2 = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-5}
     assert a.from_params_json(llama2 | {"vocab_size": -1}, vocab_size=32000).context == 4096
+    stretched = dataclasses.replace(arch, rope_scaling=a.RopeScaling(factor=8.0))
+    assert a.from_params_json(a.to_params_json(stretched)).rope_scaling == stretched.rope_scaling
     other = a.from_params_json(llama32 | {"n_layers": 3})
     assert other.rope_scaling is not None
     assert other.rope_scaling.factor == 8.0
