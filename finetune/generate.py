@@ -64,9 +64,9 @@ def open_any(target: Path, raw: bool) -> Opened:
     if (target / "config.yaml").exists():
         run = RunFolder(target)
         return open_variant(run, trained_variant(run))
-    if not (target / "config.json").exists():
+    if not any((target / name).exists() for name in ("config.json", "params.json")):
         raise InputError(
-            f"{target}: is neither a run (config.yaml) nor a model folder (config.json)"
+            f"{target}: is neither a run (config.yaml) nor a model (config.json or params.json)"
         )
     recipe = "pretrain" if raw else "sft"
     config = RunConfig.model_validate(

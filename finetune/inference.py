@@ -17,7 +17,15 @@ from finetune.config.base import BaseSection
 from finetune.errors import InputError
 from finetune.fast.attention import register
 from finetune.heldout import evaluating
-from finetune.model import Base, find_base, load_model, open_base, read_weights
+from finetune.model import (
+    Base,
+    converted,
+    find_base,
+    is_meta_layout,
+    load_model,
+    open_base,
+    read_weights,
+)
 from finetune.run_folder import RunFolder
 
 VARIANTS = ("base", "adapter", "model", "merged")
@@ -93,7 +101,7 @@ def trained_variant(run: RunFolder) -> str:
 
 
 def open_folder(folder: Path, config: RunConfig, name: str | None = None) -> Opened:
-    """A Hugging Face folder through plain transformers, with the run's prompt format.
+    """A Hugging Face (or Meta) folder through plain transformers, with the run's prompt format.
 
     Raises:
         InputError: no such folder, or none of a Llama.
@@ -101,6 +109,8 @@ def open_folder(folder: Path, config: RunConfig, name: str | None = None) -> Ope
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such model folder")
+    if is_meta_layout(folder):
+        folder = converted(folder)
     if (folder / artifact.MANIFEST).exists():
         artifact.verify(folder)
     section = BaseSection(path=str(folder))

@@ -89,9 +89,8 @@ def find_base(config: RunConfig, run_path: Path) -> Base:
     else:
         assert section.path is not None
         name, folder = section.path, Path(section.path)
-        if _is_meta_layout(folder):
-            tokenizer = Path(section.tokenizer) if section.tokenizer else None
-            folder = cached_import(folder, cache_root(), tokenizer)
+        if is_meta_layout(folder):
+            folder = converted(folder, section.tokenizer)
             name = str(folder)
     return open_base(folder, section, config, name, revision)
 
@@ -109,7 +108,7 @@ def read_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerFast, ChatForm
         if section.is_hub_id:
             folder = _download(section.path, section.revision, ["*.json", "*.model", "*.jinja"])
         tokenizer = load_tokenizer(Path(section.tokenizer) if section.tokenizer else folder)
-        if _is_meta_layout(folder):
+        if is_meta_layout(folder):
             architecture = from_params_json(artifact.read_json(folder / "params.json"))
         else:
             architecture = read_architecture(folder)
@@ -118,9 +117,14 @@ def read_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerFast, ChatForm
     return tokenizer, choose_format(config, architecture, tokenizer)
 
 
-def _is_meta_layout(folder: Path) -> bool:
+def is_meta_layout(folder: Path) -> bool:
     """Meta's params.json and no config.json: a missing shard is then the importer's to name."""
     return (folder / "params.json").is_file() and not (folder / "config.json").is_file()
+
+
+def converted(folder: Path, tokenizer: str | None = None) -> Path:
+    """The Hugging Face folder of a Meta folder, converted once and kept in the cache."""
+    return cached_import(folder, cache_root(), Path(tokenizer) if tokenizer else None)
 
 
 def open_base(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -77,53 +77,78 @@ def _any_rank(flag: bool, device: torch.device) -> bool:
     return bool(value.item())
 
 
-class StepMetrics(TrainerCallback):
-    """A line of metrics.jsonl for every step, and the progress bar, on the first rank."""
+class Progress:
+    """Loss, tokens a second and time left: a bar on a terminal, else a line now and then."""
 
-    def __init__(self, trainer: OurSeams, path: Path, show: bool) -> None:
-        self.trainer, self.path, self.show = trainer, path, show
-        self.bar: tqdm[Any] | None = None
+    def __init__(self, logging_steps: int) -> None:
+        self.logging_steps = logging_steps
         self.heldout_loss: float | None = None
+        self.bar: tqdm[Any] | None = None
+
+    def begin(self, step: int, max_steps: int) -> None:
+        """Starts after `step` steps of `max_steps`."""
+        self.first, self.last, self.started = step, max_steps, time.monotonic()
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=max_steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, loss: float, num_tokens: int, seconds: float) -> None:
+        """Shows one step.
+
+        Args:
+            num_tokens: all tokens of the step, over all ranks.
+            seconds: the step took.
+        """
+        shown = {"loss": f"{loss:.4f}", "tok/s": f"{num_tokens / max(seconds, 1e-9):,.0f}"}
+        if self.heldout_loss is not None:
+            shown["heldout"] = f"{self.heldout_loss:.4f}"
+        if self.bar is not None:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update()
+        elif step % self.logging_steps == 0 or step == self.last:
+            left = (time.monotonic() - self.started) / (step - self.first) * (self.last - step)
+            facts = ", ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"step     {step}/{self.last}: {facts}, {left:,.0f} s left", file=sys.stderr)
+
+    def end(self) -> None:
+        """Closes the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class StepMetrics(TrainerCallback):
+    """A line of metrics.jsonl for every step, on the first rank."""
+
+    def __init__(self, trainer: OurSeams, path: Path, progress: Progress) -> None:
+        self.trainer, self.path, self.progress = trainer, path, progress
+        self.file: TextIO | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Drops the lines of steps that a resumed run will do again."""
-        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self.file = self.path.open("a", encoding="utf-8")
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            disable=not self.show,
-            dynamic_ncols=True,
-            file=sys.stderr,
-        )
+        self.progress.begin(state.global_step, state.max_steps)
         self.started = time.monotonic()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Writes the step and moves the bar."""
+        """Writes and shows the step."""
         seconds, self.started = time.monotonic() - self.started, time.monotonic()
-        tokens = self.trainer.step_num_tokens
+        trainer = self.trainer
         self._write(
             step=state.global_step,
             epoch=state.epoch,
-            loss=self.trainer.step_loss,
-            tokens_trained=self.trainer.step_tokens,
-            tokens=tokens,
-            grad_norm=self.trainer.step_grad_norm,
-            learning_rate=self.trainer.step_learning_rate,
+            loss=trainer.step_loss,
+            tokens_trained=trainer.step_tokens,
+            tokens=trainer.step_num_tokens,
+            grad_norm=trainer.step_grad_norm,
+            learning_rate=trainer.step_learning_rate,
             seconds=round(seconds, 4),
         )
-        assert self.bar is not None
-        self.bar.update()
-        shown = {"loss": f"{self.trainer.step_loss:.4f}", "tok/s": f"{tokens / seconds:,.0f}"}
-        if self.heldout_loss is not None:
-            shown["heldout"] = f"{self.heldout_loss:.4f}"
-        self.bar.set_postfix(shown, refresh=False)
+        self.progress.step(state.global_step, trainer.step_loss, trainer.step_num_tokens, seconds)
 
     def on_evaluate(
         self,
@@ -134,8 +159,8 @@ class StepMetrics(TrainerCallback):
         **_: Any,
     ) -> None:
         """Writes the held-out loss."""
-        self.heldout_loss = metrics["eval_loss"]
-        self._write(step=state.global_step, heldout_loss=self.heldout_loss)
+        self._write(step=state.global_step, heldout_loss=metrics["eval_loss"])
+        self.progress.heldout_loss = metrics["eval_loss"]
         self.started = time.monotonic()
 
     def on_save(
@@ -144,28 +169,21 @@ class StepMetrics(TrainerCallback):
         """The time a checkpoint takes is not the next step's."""
         self.started = time.monotonic()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Closes bar and file."""
-        self.close()
-
     def close(self) -> None:
-        """Closes the bar and the file; safe to call twice."""
-        if self.bar is not None:
-            self.bar.close()
+        """Ends the bar and the file."""
+        self.progress.end()
+        if self.file is not None:
             self.file.close()
 
     def _write(self, **values: Any) -> None:
-        if not self.file.closed:
-            self.file.write(json.dumps(values) + "\n")
-            self.file.flush()
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        assert self.file is not None, "training has begun"
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics.jsonl."""
-    return [json.loads(line) for line in _lines(path)]
+    """The lines of a metrics.jsonl, without a last one that a killed process left half-written."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]

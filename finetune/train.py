@@ -60,7 +60,7 @@ def train(loaded: Loaded) -> int:
 
 def _train(loaded: Loaded, run: RunFolder) -> None:
     from finetune import checkpoint, stages
-    from finetune.monitor import StepMetrics, StopAtBoundary, stop_on_signals
+    from finetune.monitor import Progress, StepMetrics, StopAtBoundary, stop_on_signals
     from finetune.recipes import RECIPES
 
     config = loaded.config
@@ -78,20 +78,18 @@ def _train(loaded: Loaded, run: RunFolder) -> None:
     with stop_on_signals() as flag:
         stop = StopAtBoundary(flag)
         trainer.add_callback(stop)
-        metrics = StepMetrics(trainer, run.metrics, show=is_first_rank())
+        metrics = StepMetrics(trainer, run.metrics, Progress(config.train.logging_steps))
         if is_first_rank():
             trainer.add_callback(metrics)
         try:
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            if stop.stopped:
+                step = trainer.state.global_step
+                raise Interrupted(f"stopped after step {step}, saved; the same command goes on")
+            if trainer.ours.heldout:
+                trainer.evaluate()
         finally:
             metrics.close()
-        if stop.stopped:
-            step = trainer.state.global_step
-            raise Interrupted(
-                f"stopped after step {step}, saved; the same command goes on from there"
-            )
-        if trainer.ours.heldout:
-            trainer.evaluate()
     stages.publish(run, base, trainer, is_first_rank())
 
 

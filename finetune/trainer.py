@@ -122,10 +122,11 @@ class OurSeams(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The held-out loss as sum over count, over all ranks; once for each step."""
         step = self.state.global_step
-        if self.last_heldout is None or self.last_heldout[0] != step:
-            self.last_heldout = (step, self._score_heldout())
-        result = self.last_heldout[1]
-        metrics = {"eval_loss": result.loss, "eval_tokens": float(result.num_tokens)}
+        if self.last_heldout is not None and self.last_heldout[0] == step:
+            return _as_metrics(self.last_heldout[1])
+        self.last_heldout = (step, self._score_heldout())
+        metrics = _as_metrics(self.last_heldout[1])
+        self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
@@ -174,6 +175,10 @@ class OurSeams(Trainer):
     def _load_rng_state(self, checkpoint_path: str | None) -> None:
         if checkpoint_path is not None:
             checkpoint.load_rng(Path(checkpoint_path), self.args.process_index)
+
+
+def _as_metrics(result: HeldoutLoss) -> dict[str, float]:
+    return {"eval_loss": result.loss, "eval_tokens": float(result.num_tokens)}
 
 
 def _sum_over_ranks(value: torch.Tensor, device: torch.device) -> torch.Tensor:
