@@ -109,7 +109,8 @@ def read_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerFast, ChatForm
             folder = _download(section.path, section.revision, ["*.json", "*.model", "*.jinja"])
         tokenizer = load_tokenizer(Path(section.tokenizer) if section.tokenizer else folder)
         if is_meta_layout(folder):
-            architecture = from_params_json(artifact.read_json(folder / "params.json"))
+            params = artifact.read_json(folder / "params.json")
+            architecture = from_params_json(params, vocab_size=len(tokenizer))
         else:
             architecture = read_architecture(folder)
     if config.recipe == "pretrain":

@@ -126,7 +126,8 @@ def _architecture_of(config: RunConfig) -> Architecture:
         from finetune.artifact import read_json
         from finetune.llama.architecture import from_params_json
 
-        return from_params_json(read_json(folder / "params.json"))
+        vocab_size = _vocabulary_size(_tokenizer_of(config))
+        return from_params_json(read_json(folder / "params.json"), vocab_size=vocab_size)
     if base.path in HUB_IDS:
         _say(f"smoke    {base.path} is {HUB_IDS[base.path]}: a small random Llama of that family")
         return architecture_of(HUB_IDS[base.path])
