@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from finetune.artifact import write_json
 from finetune.config import RunConfig
 from finetune.data import Document, load_data, load_heldout
 from finetune.errors import CheckFailed, InputError
-from finetune.inference import Opened, open_folder, open_variant, trained_variant
+from finetune.inference import (
+    VARIANTS,
+    Opened,
+    folder_config,
+    open_folder,
+    open_variant,
+    trained_variant,
+)
 from finetune.run_folder import RunFolder, find_run
 from finetune.scoring import GROUP_COLUMNS, Scores, probe, score_model
 
@@ -23,19 +31,20 @@ def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     if args.probe:
         return _main_probe(args)
-    run, names = _targets(args)
-    config = run.config()
-    documents: list[Document] | None = None
+    subject = find_subject(args.target, args.against, args.run)
+    config = subject.config
+    documents: list[Document] = []
     scores: list[Scores] = []
-    for name in names:
-        opened = _open(run, name, config)
+    ask = "exact_match" in config.eval.tasks and config.recipe != "pretrain"
+    for name in subject.models:
+        opened = subject.open(name)
         documents = documents or heldout_documents(config, opened, args.data)
-        ask = "exact_match" in config.eval.tasks and config.recipe != "pretrain"
         batch_size, new_tokens = config.eval.per_device_eval_batch_size, config.eval.max_new_tokens
         scores.append(score_model(opened, documents, batch_size, new_tokens, ask))
         print(f"eval     {opened.name}: {_line(scores[-1])}", file=sys.stderr)
     result = _result(scores)
-    _save(run, result, args.data)
+    if subject.run:
+        _save(subject.run, result, args.data)
     print(json.dumps(result, indent=2) if args.json else table(scores))
     return _verdict(scores, args.fail_if_worse)
 
@@ -44,47 +53,59 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m finetune eval", description=__doc__)
     parser.add_argument("target", nargs="?", help="a run or model folder; left out: the newest run")
     parser.add_argument("--data", type=Path, help="held-out rows (default: the run's own)")
-    parser.add_argument("--against", default="", help="base, merged (comma between several)")
+    parser.add_argument("--against", default="", help="base, merged, a folder (comma between)")
     parser.add_argument("--run", help="for a model folder: the run whose rows and format are used")
-    parser.add_argument(
-        "--probe", type=Path, help="rows of prompt and answer, continued as plain text"
-    )
-    parser.add_argument(
-        "--fail-if-worse", action="store_true", help="exit 3 if worse than --against"
-    )
+    parser.add_argument("--probe", type=Path, help="rows of prompt and answer, as plain text")
+    parser.add_argument("--fail-if-worse", action="store_true", help="exit 3 if worse than those")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser.parse_args(list(argv))
 
 
-def _targets(args: argparse.Namespace) -> tuple[RunFolder, list[str]]:
-    """The run whose rows are used, and the models to score, the one asked about first."""
-    against = [name for name in args.against.split(",") if name]
-    unknown = [n for n in against if n not in ("base", "merged") and not Path(n).is_dir()]
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        config: says how rows are rendered and scored.
+        models: variants of the run, or folders; the one asked about first.
+        run: None for a model folder of no run.
+    """
+
+    config: RunConfig
+    models: tuple[str, ...]
+    run: RunFolder | None
+
+    def open(self, name: str) -> Opened:
+        """One of the models, loaded fresh from disk."""
+        if self.run and name in VARIANTS:
+            return open_variant(self.run, name)
+        if (Path(name) / "config.yaml").exists():
+            other = RunFolder(Path(name))
+            return open_variant(other, trained_variant(other))
+        return open_folder(Path(name), self.config)
+
+
+def find_subject(target: str | None, against: str = "", run_name: str | None = None) -> Subject:
+    """Whether a target is a run or a model folder, and what it is compared with.
+
+    Raises:
+        InputError: nothing there, or a comparison that is neither a variant nor a folder.
+    """
+    others = tuple(name for name in against.split(",") if name)
+    unknown = [n for n in others if n not in ("base", "merged") and not Path(n).is_dir()]
     if unknown:
         raise InputError(f"--against {', '.join(unknown)}: neither base, merged nor a folder")
-    target = Path(args.target) if args.target else None
-    if target and not (target / "config.yaml").exists() and (target / "config.json").exists():
-        run = find_run(args.run) if args.run else _run_of_model(target)
-        return run, [str(target), *against]
-    run = find_run(args.target)
-    return run, [trained_variant(run), *against]
-
-
-def _run_of_model(folder: Path) -> RunFolder:
-    """A merged folder lies in its run; another folder needs --run."""
-    if (folder.parent / "config.yaml").exists():
-        return RunFolder(folder.parent)
-    raise InputError(f"{folder}: is a model folder of no run; name the run with --run")
-
-
-def _open(run: RunFolder, name: str, config: RunConfig) -> Opened:
-    if name in ("base", "adapter", "model", "merged"):
-        return open_variant(run, name)
-    folder = Path(name)
-    if (folder / "config.yaml").exists():
-        other = RunFolder(folder)
-        return open_variant(other, trained_variant(other))
-    return open_folder(folder, config)
+    folder = Path(target) if target else None
+    if folder is None or (folder / "config.yaml").exists() or not folder.is_dir():
+        run = find_run(target)
+        return Subject(run.config(), (trained_variant(run), *others), run)
+    beside = folder.parent if (folder.parent / "config.yaml").exists() else None
+    if run_name or beside:
+        run = find_run(run_name or str(beside))
+        return Subject(run.config(), (str(folder), *others), run)
+    if {"base", "merged"} & set(others):
+        raise InputError(f"{folder}: is a model folder of no run; name the run with --run")
+    return Subject(folder_config(folder), (str(folder), *others), None)
 
 
 def heldout_documents(config: RunConfig, opened: Opened, data: Path | None) -> list[Document]:
@@ -94,6 +115,8 @@ def heldout_documents(config: RunConfig, opened: Opened, data: Path | None) -> l
         InputError: there are none.
     """
     tokenizer, chat_format = opened.base.tokenizer, opened.base.chat_format
+    if data is None and not config.data.train:
+        raise InputError("a model folder of no run brings no rows: give --data FILE or --run RUN")
     if data is not None:
         documents, ledger = load_heldout(data, config, tokenizer, chat_format)
         print("\n".join(ledger.lines()), file=sys.stderr)
@@ -107,13 +130,14 @@ def heldout_documents(config: RunConfig, opened: Opened, data: Path | None) -> l
 
 
 def _main_probe(args: argparse.Namespace) -> int:
-    target = Path(args.target or "")
-    config = RunConfig.model_validate(
-        {"recipe": "pretrain", "base": {"path": str(target)}, "data": {"train": str(args.probe)}}
-    )
-    is_run = (target / "config.yaml").exists()
-    run = RunFolder(target)
-    opened = open_variant(run, trained_variant(run)) if is_run else open_folder(target, config)
+    if not args.target:
+        raise InputError("--probe continues plain text: name the run or model folder to probe")
+    target = Path(args.target)
+    if (target / "config.yaml").exists():
+        run = RunFolder(target)
+        opened = open_variant(run, trained_variant(run))
+    else:
+        opened = open_folder(target, folder_config(target, "pretrain"))
     scores = probe(opened, args.probe)
     print(json.dumps(scores.as_json(), indent=2) if args.json else table([scores]))
     return 0

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.config import RunConfig
 from finetune.errors import InputError
 from finetune.inference import (
     Opened,
     Sampling,
     continue_prompts,
+    folder_config,
     open_folder,
     open_variant,
     trained_variant,
@@ -69,10 +69,7 @@ def open_any(target: Path, raw: bool) -> Opened:
             f"{target}: is neither a run (config.yaml) nor a model (config.json or params.json)"
         )
     recipe = "pretrain" if raw else "sft"
-    config = RunConfig.model_validate(
-        {"recipe": recipe, "base": {"path": str(target)}, "data": {"train": "none.jsonl"}}
-    )
-    return open_folder(target, config)
+    return open_folder(target, folder_config(target, recipe))
 
 
 def _prompt_ids(opened: Opened, args: argparse.Namespace) -> list[int]:

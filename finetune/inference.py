@@ -12,8 +12,15 @@ from transformers import set_seed
 
 from finetune import artifact
 from finetune.adapters import load_adapter
-from finetune.config import RunConfig
-from finetune.config.base import BaseSection
+from finetune.config import (
+    AdapterSection,
+    BaseSection,
+    DataSection,
+    EvalSection,
+    RunConfig,
+    RunSection,
+    TrainSection,
+)
 from finetune.errors import InputError
 from finetune.fast.attention import register
 from finetune.heldout import evaluating
@@ -109,6 +116,7 @@ def open_folder(folder: Path, config: RunConfig, name: str | None = None) -> Ope
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such model folder")
+    name = name or str(folder)
     if is_meta_layout(folder):
         folder = converted(folder)
     if (folder / artifact.MANIFEST).exists():
@@ -119,7 +127,23 @@ def open_folder(folder: Path, config: RunConfig, name: str | None = None) -> Ope
     model = read_weights(
         folder, attn_implementation=register(), use_safetensors=True, local_files_only=True
     )
-    return Opened(name or str(folder), model.to(device).eval(), base, device)
+    return Opened(name, model.to(device).eval(), base, device)
+
+
+def folder_config(folder: Path, recipe: str = "sft") -> RunConfig:
+    """The defaults of every section, for a model folder that no run describes.
+
+    Not validated: it trains nothing, so it names no training rows.
+    """
+    return RunConfig.model_construct(
+        recipe="pretrain" if recipe == "pretrain" else "sft",
+        run=RunSection(),
+        base=BaseSection(path=str(folder)),
+        adapter=AdapterSection(),
+        data=DataSection(),
+        train=TrainSection(),
+        eval=EvalSection(),
+    )
 
 
 @dataclass(frozen=True)
