@@ -1,0 +1,110 @@
+"""What many tests share: the embedded tokenizer, a tiny Llama, the real files beside the clone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("FINETUNE_SHARED", REPOSITORY.parent / "shared"))
+NANO = REPOSITORY / "assets" / "llama-nano"
+
+CONFIG = """\
+recipe: {recipe}
+run: {{name: test, dir: {dir}}}
+base:
+  architecture: {{dim: 64, n_layers: 1, n_heads: 4, vocab_size: 1024, context: 8192}}
+  tokenizer: {tokenizer}
+data:
+  train: {train}
+train: {{max_steps: 1}}
+"""
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """`shared("tokenizers/llama2/tokenizer.model")`: the path, or a skip naming it."""
+
+    def find(name: str) -> Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"{path} is not here; FINETUNE_SHARED names the folder that holds it")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def nano_tokenizer():
+    """The tokenizer of the embedded base: 1,024 ids."""
+    from finetune.llama.tokenizer import load_tokenizer
+
+    return load_tokenizer(NANO / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    """`tiny_llama("llama3-8b")`: a random Llama of that shape in small, in evaluation mode.
+
+    Its weights are five times the usual size, so that attention is far from uniform and a token
+    seen or not seen moves the logits. Copy it before changing it: a name gives one object.
+    """
+    import functools
+
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from finetune.fast.attention import register
+    from finetune.llama.architecture import PRESETS, scaled_down, to_llama_config
+
+    @functools.cache
+    def build(preset: str = "llama3-8b", attention: str | None = None) -> LlamaForCausalLM:
+        config = to_llama_config(scaled_down(PRESETS[preset], 1024))
+        config.initializer_range *= 5
+        config._attn_implementation = attention or register()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return LlamaForCausalLM(config).eval()
+
+    return build
+
+
+@pytest.fixture
+def config_of(tmp_path):
+    """`config_of(train_file, "data.max_length=64")`: a RunConfig on the embedded tokenizer."""
+    from finetune.config.loader import load
+
+    def build(train: Path, *overrides: str, recipe: str = "sft"):
+        file = tmp_path / "config.yaml"
+        places = {"dir": tmp_path, "tokenizer": NANO / "tokenizer.model", "train": train}
+        file.write_text(CONFIG.format(recipe=recipe, **places))
+        return load(file, overrides).config
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory):
+    """The folder of a small random base with tied embeddings; copy it before changing it."""
+    from small_runs import write_base
+
+    return write_base(tmp_path_factory.mktemp("bases") / "tied")
+
+
+@pytest.fixture(scope="session")
+def untied_base(tmp_path_factory):
+    """The same without tying (Llama 3 8B's shape)."""
+    from small_runs import write_base
+
+    return write_base(tmp_path_factory.mktemp("bases") / "untied", "llama3-8b")
+
+
+@pytest.fixture
+def bench(tmp_path, small_base):
+    """A folder with a few rows and a config, from which small runs are made: `bench.train(…)`."""
+    from small_runs import Bench
+
+    return Bench(tmp_path, small_base)
