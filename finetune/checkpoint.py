@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune import artifact
 from finetune.artifact import read_json, write_json
-from finetune.errors import CheckFailed, InputError
+from finetune.errors import CannotContinue, CheckFailed, InputError
 
 WEIGHTS = "trained.safetensors"
 OPTIMIZER = "optimizer"
@@ -86,7 +86,14 @@ def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def save_weights(model: torch.nn.Module, folder: Path) -> None:
-    """The trained parameters only: an adapter's checkpoint has the size of the adapter."""
+    """The trained parameters only: an adapter's checkpoint has the size of the adapter.
+
+    Raises:
+        CannotContinue: one is not finite; a checkpoint of it would take a good one's place.
+    """
+    for name, parameter in trained_parameters(model).items():
+        if not bool(torch.isfinite(parameter).all()):
+            raise CannotContinue(f"{name} holds non-finite values; no checkpoint is written")
     tensors = {n: p.detach().cpu().contiguous() for n, p in trained_parameters(model).items()}
     save_file(tensors, str(folder / WEIGHTS))
 
