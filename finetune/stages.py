@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -104,7 +105,7 @@ def describe_steps(parts: Parts, plan: BatchPlan) -> str:
     train = parts.config.train
     unit = "packs" if parts.config.data.packing else "rows"
     per_epoch = plan.steps_per_epoch
-    total = train.max_steps or round(per_epoch * (train.num_train_epochs or 1))
+    total = train.max_steps or math.ceil(per_epoch * (train.num_train_epochs or 1))
     tokens = sum(len(d.input_ids) for d in parts.data.train)
     trained = sum(d.num_trained for d in parts.data.train)
     return (
