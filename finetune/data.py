@@ -197,7 +197,7 @@ def _render_conversations(
             ledger.drop("without an answer", example.where)
             continue
         try:
-            row = chat_format.render(tokenizer, example.messages, data.train_on, data.date_string)
+            row = chat_format.render(tokenizer, example.messages, data.train_on)
         except InputError as error:
             findings.append(f"{example.where}: {error}")
             continue

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,18 +147,21 @@ def open_base(
         None if config.recipe == "pretrain" else choose_format(config, architecture, tokenizer)
     )
     if chat_format and (tokenizer.chat_template is None or config.data.chat_format != "auto"):
-        tokenizer.chat_template = chat_format.template
+        tokenizer.chat_template = chat_format.jinja()
     return Base(name, folder, architecture, tokenizer, chat_format, revision)
 
 
 def choose_format(
     config: RunConfig, architecture: Architecture, tokenizer: PreTrainedTokenizerFast
 ) -> ChatFormat:
-    """The config's prompt format, or the documented one of the base."""
-    if config.data.chat_format != "auto":
-        return FORMATS[config.data.chat_format]
+    """The config's prompt format, or the documented one of the base, with the config's date."""
     scaling = architecture.rope_scaling
-    return detect_format(tokenizer, scaling.factor if scaling else None)
+    chat_format = (
+        detect_format(tokenizer, scaling.factor if scaling else None)
+        if config.data.chat_format == "auto"
+        else FORMATS[config.data.chat_format]
+    )
+    return replace(chat_format, date_string=config.data.date_string)
 
 
 def read_architecture(folder: Path) -> Architecture:

@@ -16,6 +16,7 @@ from finetune.errors import InputError
 from finetune.llama.tokenizer import encode_text, special_id
 
 Message = Mapping[str, str]  # {"role": system | user | assistant, "content": text}
+DEFAULT_DATE = "26 Jul 2024"  # what Meta's own template prints where none is given
 ROLES = ("system", "user", "assistant")
 
 
@@ -54,6 +55,7 @@ class ChatFormat:
         opening: what stands before an answer that is still to be written.
         template: the same format as a Jinja chat template for other libraries.
         source: where the format is documented.
+        date_string: what formats with a date print; never the clock.
     """
 
     name: str
@@ -63,28 +65,32 @@ class ChatFormat:
     opening: tuple[Segment, ...]
     template: str
     source: str
+    date_string: str = DEFAULT_DATE
 
     def render(
         self,
         tokenizer: PreTrainedTokenizerFast,
         messages: Sequence[Message],
         train_on: str = "assistant",
-        date_string: str = "26 Jul 2024",
+        date_string: str | None = None,
     ) -> Rendered:
         """A whole conversation with its train mask.
 
         Args:
-            train_on: assistant (every answer and its end of turn), last (the last answer), all.
+            train_on: assistant (every answer and its end of turn), last (the last answer), all
+                (everything but BOS).
+            date_string: instead of the format's own.
         """
         check_messages(messages)
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
         ids, mask = [special_id(tokenizer, self.bos)], [False]
-        for segment in self.segments(messages, date_string):
+        for segment in self.segments(messages, date_string or self.date_string):
             new = _encode(tokenizer, segment)
             is_answer = segment.turn is not None
+            is_bos = segment.control and segment.text == self.bos  # Llama 2 has one a turn
             trained = {"assistant": is_answer, "last": segment.turn == last and is_answer}
             ids += new
-            mask += [trained.get(train_on, True)] * len(new)
+            mask += [trained.get(train_on, not is_bos)] * len(new)
         assert ids[:2] != [ids[0], ids[0]], f"{self.name}: two BOS at the start"
         return Rendered(ids, mask)
 
@@ -92,14 +98,24 @@ class ChatFormat:
         self,
         tokenizer: PreTrainedTokenizerFast,
         messages: Sequence[Message],
-        date_string: str = "26 Jul 2024",
+        date_string: str | None = None,
     ) -> list[int]:
-        """The ids after which the model writes the next answer; the last message is the user's."""
+        """The ids after which the model writes the next answer; the last message is the user's.
+
+        Raises:
+            InputError: the messages are no conversation, or end with an answer.
+        """
         check_messages(messages)
+        if messages[-1]["role"] != "user":
+            raise InputError("the last message is the assistant's; a prompt ends with the user's")
         ids = [special_id(tokenizer, self.bos)]
-        for segment in (*self.segments(messages, date_string), *self.opening):
+        for segment in (*self.segments(messages, date_string or self.date_string), *self.opening):
             ids += _encode(tokenizer, segment)
         return ids
+
+    def jinja(self) -> str:
+        """The template for other libraries, with this format's date instead of the default one."""
+        return self.template.replace(DEFAULT_DATE, self.date_string)
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         """Ids of every stop token that the tokenizer has, the taught one first."""
