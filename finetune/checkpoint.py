@@ -61,12 +61,25 @@ def find_resumable(checkpoints: Path, resume: str) -> Path | None:
         findings = artifact.findings_of(path)
         if not findings:
             return path
-        aside = path.with_name(f"damaged-{path.name}")
+        aside = _set_aside(path)
         print(f"warning: {findings[0]}; set aside as {aside.name}", file=sys.stderr)
-        path.rename(aside)
-    if existing:
-        raise CheckFailed(f"{checkpoints}: no checkpoint verifies; none is gone on from")
+    damaged = sorted(checkpoints.glob("damaged-*")) if resume == "auto" else []
+    if damaged:
+        raise CheckFailed(
+            f"{checkpoints}: no checkpoint verifies; none is gone on from. {damaged[-1].name} is "
+            "what is left; run.resume=never begins anew"
+        )
     return None
+
+
+def _set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint, so that no start takes it for one and a person can look."""
+    aside = path.with_name(f"damaged-{path.name}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"damaged-{path.name}-{number}")
+    return path.rename(aside)
 
 
 def prune(checkpoints: Path, keep: int) -> None:

@@ -121,6 +121,7 @@ class StepMetrics(TrainerCallback):
     def __init__(self, trainer: OurSeams, path: Path, progress: Progress) -> None:
         self.trainer, self.path, self.progress = trainer, path, progress
         self.file: TextIO | None = None
+        self.heldout_steps: set[int] = set()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -129,6 +130,7 @@ class StepMetrics(TrainerCallback):
         kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self.file = self.path.open("a", encoding="utf-8")
+        self.heldout_steps = {row["step"] for row in kept if "heldout_loss" in row}
         self.progress.begin(state.global_step, state.max_steps)
         self.started = time.monotonic()
 
@@ -158,8 +160,9 @@ class StepMetrics(TrainerCallback):
         metrics: Any = None,
         **_: Any,
     ) -> None:
-        """Writes the held-out loss."""
-        self._write(step=state.global_step, heldout_loss=metrics["eval_loss"])
+        """Writes the held-out loss, once a step: a run that went on may have it already."""
+        if state.global_step not in self.heldout_steps:
+            self._write(step=state.global_step, heldout_loss=metrics["eval_loss"])
         self.progress.heldout_loss = metrics["eval_loss"]
         self.started = time.monotonic()
 

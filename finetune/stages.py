@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from transformers import set_seed
 
-from finetune import adapters, artifact
+from finetune import adapters, artifact, checkpoint
 from finetune.config import RunConfig
 from finetune.data import RunData, load_data
-from finetune.errors import CannotContinue
+from finetune.errors import CannotContinue, CheckFailed, InputError
 from finetune.llama.tokenizer import save_tokenizer
 from finetune.model import (
     Base,
@@ -47,22 +47,54 @@ def prepare_base(config: RunConfig, run: RunFolder, first: bool) -> Base:
     if first:
         name = base.chat_format.name if base.chat_format else "none (plain text)"
         _say(f"base     {base.name}: prompt format {name}, {len(base.tokenizer):,} token ids")
-        artifact.write_json(
-            run.path / "environment.json", {**environment(), "base_revision": base.revision}
-        )
+        facts = {"base_revision": base.revision, "base_fingerprint": base.fingerprint()}
+        _refuse_other_base(run, facts["base_fingerprint"])
+        artifact.write_json(_environment_file(run), {**environment(), **facts})
     return base
+
+
+def _environment_file(run: RunFolder) -> Path:
+    return run.path / "environment.json"
+
+
+def _refuse_other_base(run: RunFolder, fingerprint: str) -> None:
+    path = _environment_file(run)
+    if not checkpoint.list_checkpoints(run.checkpoints) or not path.exists():
+        return
+    if artifact.read_json(path).get("base_fingerprint") != fingerprint:
+        raise CheckFailed(
+            f"{run.path}: its checkpoints were trained on another base; the base's files have "
+            "changed since. Put them back, or choose another run.name"
+        )
 
 
 def prepare_data(config: RunConfig, run: RunFolder, base: Base, first: bool) -> RunData:
     """Rows to documents; the ledger is printed and saved."""
     data = load_data(config, base.tokenizer, base.chat_format)
     if first:
+        _refuse_other_rows(run, data.as_json())
         artifact.write_json(run.path / "data.json", data.as_json())
         for ledger in data.ledgers:
             if ledger.num_rows_read:
                 _say("\n".join(ledger.lines()))
         _say(show_example(base.tokenizer, data.train[0]))
     return data
+
+
+def _refuse_other_rows(run: RunFolder, found: dict[str, Any]) -> None:
+    """A run that goes on sees the rows it began with, or its order means nothing."""
+    path = run.path / "data.json"
+    if not checkpoint.list_checkpoints(run.checkpoints) or not path.exists():
+        return
+    before = artifact.read_json(path)
+    if before["documents_sha256"] == found["documents_sha256"]:
+        return
+    changed = [name for name, hash_ in found["files"].items() if before["files"].get(name) != hash_]
+    what = ", ".join(changed) or "not the files, but how they are rendered,"
+    raise InputError(
+        f"{run.path}: its checkpoints were trained on other rows; {what} changed since. "
+        "Put them back, or choose another run.name"
+    )
 
 
 def prepare_model(config: RunConfig, base: Base, first: bool) -> torch.nn.Module:
@@ -100,6 +132,16 @@ def gather_parts(
     return Parts(config, run.path, model, base.tokenizer, data, ranks)
 
 
+def choose_checkpoint(config: RunConfig, run: RunFolder, first: bool) -> Path | None:
+    """What to go on from: the first rank verifies and sets aside, the others take its answer."""
+    answer = [checkpoint.find_resumable(run.checkpoints, config.run.resume) if first else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    if first and answer[0]:
+        _say(f"resume   from {answer[0]}")
+    return answer[0]
+
+
 def describe_steps(parts: Parts, plan: BatchPlan) -> str:
     """Steps and tokens as arithmetic, before the first one."""
     train = parts.config.train
@@ -125,7 +167,7 @@ def publish(run: RunFolder, base: Base, trainer: OurSeams, first: bool) -> None:
         facts = {
             "kind": "adapter" if is_adapter else "model",
             "base": base.name,
-            "base_fingerprint": base.fingerprint(),
+            "base_fingerprint": artifact.read_json(_environment_file(run))["base_fingerprint"],
             "base_revision": base.revision,
             "step": trainer.state.global_step,
             "heldout_loss": trainer.last_heldout[1].loss if trainer.last_heldout else None,

@@ -88,6 +88,13 @@ class OurSeams(Trainer):
         self._step_loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         return batches, total[0]
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """One epoch; the engine would add a step to a run that died after its last checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
     # --- loss ---------------------------------------------------------------------------------
 
     def compute_loss(
