@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from finetune.artifact import read_json, sweep, write_json
+from finetune.artifact import read_json, remove, sweep, write_json
 from finetune.config import RunConfig
 from finetune.config.loader import Loaded, dump, read_run_config
 from finetune.errors import InputError
@@ -88,20 +88,37 @@ class RunFolder:
 def open_run(loaded: Loaded) -> RunFolder:
     """The run folder of a config, made where it is new.
 
+    A folder whose only start was refused for its input holds nothing: the corrected config may
+    have it.
+
     Raises:
         InputError: the folder belongs to another config; every differing key is named.
     """
-    config = loaded.config
-    run = RunFolder(Path(config.run.dir) / config.run.name)
+    run = run_of(loaded)
     if run.config_file.exists():
-        differing = _differences(run.config(), config)
-        if differing:
+        differing = _differences(run.config(), loaded.config)
+        if not differing:
+            return run
+        if not _never_began(run):
             hint = "choose another run.name, or remove the folder"
             raise InputError([f"{run.path}: holds a run of another config; {hint}", *differing])
-        return run
+        if (run.path / "base").is_dir():  # random weights, of the other config
+            remove(run.path / "base")
     run.path.mkdir(parents=True, exist_ok=True)
     run.config_file.write_text(dump(loaded), encoding="utf-8")
     return run
+
+
+def run_of(loaded: Loaded) -> RunFolder:
+    """The run folder of a config, whether it exists or not."""
+    section = loaded.config.run
+    return RunFolder(Path(section.dir) / section.name)
+
+
+def _never_began(run: RunFolder) -> bool:
+    """Whether the folder's start was refused (exit 2) before a checkpoint or a result."""
+    results = (run.checkpoints, run.adapter, run.model)
+    return run.state().get("exit_code") == 2 and not any(path.exists() for path in results)
 
 
 def _differences(old: RunConfig, new: RunConfig) -> list[str]:

@@ -42,11 +42,11 @@ def train(loaded: Loaded) -> int:
     Raises:
         FinetuneError: with the exit code of the contract; run.json says the same.
     """
-    from finetune.run_folder import locked, open_run
+    from finetune.run_folder import locked, open_run, run_of
 
     check_launch()
     _use_all_cores()
-    run = open_run(loaded)
+    run = open_run(loaded) if is_first_rank() else run_of(loaded)
     if run.is_finished:
         _say(f"run      {run.path} is finished; nothing to do")
         return 0
@@ -59,7 +59,7 @@ def train(loaded: Loaded) -> int:
 
 
 def _train(loaded: Loaded, run: RunFolder) -> None:
-    from finetune import checkpoint, stages
+    from finetune import stages
     from finetune.monitor import Progress, StepMetrics, StopAtBoundary, stop_on_signals
     from finetune.recipes import RECIPES
 
@@ -72,9 +72,7 @@ def _train(loaded: Loaded, run: RunFolder) -> None:
     _check_ranks(trainer.accelerator.num_processes)
     if is_first_rank():
         _say(stages.describe_steps(parts, trainer.ours.plan))
-    resumed = checkpoint.find_resumable(run.checkpoints, config.run.resume)
-    if resumed:
-        _say(f"resume   from {resumed}")
+    resumed = stages.choose_checkpoint(config, run, is_first_rank())
     with stop_on_signals() as flag:
         stop = StopAtBoundary(flag)
         trainer.add_callback(stop)
