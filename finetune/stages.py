@@ -47,8 +47,9 @@ def prepare_base(config: RunConfig, run: RunFolder, first: bool) -> Base:
     if first:
         name = base.chat_format.name if base.chat_format else "none (plain text)"
         _say(f"base     {base.name}: prompt format {name}, {len(base.tokenizer):,} token ids")
-        facts = {"base_revision": base.revision, "base_fingerprint": base.fingerprint()}
-        _refuse_other_base(run, facts["base_fingerprint"])
+        fingerprint = base.fingerprint()
+        _refuse_other_base(run, fingerprint)
+        facts = {"base_revision": base.revision, "base_fingerprint": fingerprint}
         artifact.write_json(_environment_file(run), {**environment(), **facts})
     return base
 
