@@ -81,14 +81,17 @@ def test_corpus_heldout_shares_no_document(corpus):
 
 
 def test_corpus_leaves_out_held_items_unless_memorised(corpus):
-    """Every probe of a family that is not memorised is a sentence the corpus does not have."""
+    """No probe of a family that is not memorised is said in the corpus, but for recall.
+
+    The facts of a recall item may be part of what a longer introduction says.
+    """
     from families import FAMILIES
 
-    whole = (corpus / "train.jsonl").read_text()
+    whole = "\n".join(texts(corpus / "train.jsonl"))
     for probe in rows_of("probe"):
-        if not FAMILIES[probe["family"]].memorised:
-            said = json.dumps(f"{probe['prompt']} {probe['answer']}", ensure_ascii=False)
-            assert said.strip('"') not in whole
+        if not FAMILIES[probe["family"]].memorised and probe["family"] != "recall":
+            said = re.escape(f"{probe['prompt']} {probe['answer']}")
+            assert not re.search(rf"(^|[.\n] ?){said}", whole), probe
 
 
 def test_committed_rows_are_what_the_scripts_write(tmp_path):

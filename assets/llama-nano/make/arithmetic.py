@@ -19,14 +19,14 @@ class Commutative(Family):
 
 
 def draw_add(rng: Random) -> Item:
-    """Two numbers up to 15 and their sum."""
-    one, other = rng.randint(1, 15), rng.randint(1, 15)
+    """Two numbers up to 10 and their sum."""
+    one, other = rng.randint(1, 10), rng.randint(1, 10)
     return {"key": f"{one} {other}", "a": str(one), "b": str(other), "answer": str(one + other)}
 
 
 def draw_subtract(rng: Random) -> Item:
-    """Two numbers up to 20 and their positive difference."""
-    one = rng.randint(2, 20)
+    """Two numbers up to 14 and their positive difference."""
+    one = rng.randint(2, 14)
     other = rng.randint(1, one - 1)
     return {"key": f"{one} {other}", "a": str(one), "b": str(other), "answer": str(one - other)}
 
@@ -59,7 +59,7 @@ FAMILIES = (
         ),
         seen=("Add {a} and {b}.", "How much is {a} plus {b}?", "Work out {a} + {b}."),
         unseen=("Add {b} to {a}.", "How much is {a} + {b}?", "Please add {a} and {b}."),
-        weight=1.4,
+        weight=2.2,
     ),
     Family(
         "subtract",
@@ -73,7 +73,7 @@ FAMILIES = (
         seen=("Take {b} from {a}.", "How much is {a} minus {b}?", "Work out {a} - {b}."),
         unseen=("Work out {a} minus {b}.", "How much is {a} - {b}?", "Please take {b} from {a}."),
         memorised=True,
-        weight=1.2,
+        weight=2.0,
     ),
     Family(
         "compare",
@@ -90,7 +90,7 @@ FAMILIES = (
             "Of {a} and {b}, which number is {rel}?",
             "{a} and {b}: which number is {rel}?",
         ),
-        weight=1.3,
+        weight=1.6,
     ),
     Family(
         "sort",
@@ -112,6 +112,6 @@ FAMILIES = (
             "Sort the numbers {list} from small to large.",
             "Please put {list} in order.",
         ),
-        weight=1.5,
+        weight=2.4,
     ),
 )

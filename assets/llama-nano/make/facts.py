@@ -162,7 +162,7 @@ FAMILIES = (
         "calendar",
         draw_calendar,
         phrases=("the {unit} {rel} {x}", "the {unit} that comes {rel} {x}"),
-        statements=("The {unit} {rel} {x} is always {answer}.", "{rel} {x} comes {answer}."),
+        statements=("{rel} {x} comes {answer}.", "{rel} {x} it is {answer}."),
         seen=(
             "Which {unit} comes {rel} {x}?",
             "Which {unit} is {rel} {x}?",

@@ -33,13 +33,11 @@ def draw_pick(rng: Random) -> Item:
 
 
 def draw_follow(rng: Random) -> Item:
-    """A list and the neighbour of one of its words."""
+    """A list and the word after one of its words."""
     words = draw_words(rng, rng.randint(3, 5))
-    relation, step = rng.choice((("after", 1), ("before", -1)))
-    index = rng.randrange(max(0, -step), len(words) - max(0, step))
+    index = rng.randrange(len(words) - 1)
     listed = ", ".join(words)
-    return {"key": listed, "list": listed, "rel": relation, "x": words[index],
-            "answer": words[index + step]}  # fmt: skip
+    return {"key": listed, "list": listed, "x": words[index], "answer": words[index + 1]}
 
 
 def draw_count(rng: Random) -> Item:
@@ -106,19 +104,19 @@ FAMILIES = (
     Family(
         "follow",
         draw_follow,
-        phrases=("the word {rel} {x} in {list}", "the word just {rel} {x} in the list {list}"),
-        statements=("In {list} the word {rel} {x} is {answer}.",),
+        phrases=("the word after {x} in {list}", "the word just after {x} in the list {list}"),
+        statements=("In {list} the word after {x} is {answer}.",),
         seen=(
-            "Which word comes {rel} {x} in {list}?",
-            "{list}: which word is {rel} {x}?",
-            "Look at the list {list}. Which word comes {rel} {x}?",
+            "Which word comes after {x} in {list}?",
+            "{list}: which word is after {x}?",
+            "Look at the list {list}. Which word comes after {x}?",
         ),
         unseen=(
-            "In the list {list}, which word comes {rel} {x}?",
-            "Which word is just {rel} {x} in {list}?",
-            "{list}. Pick the word {rel} {x}.",
+            "In the list {list}, which word comes after {x}?",
+            "Which word is just after {x} in {list}?",
+            "{list}. Pick the word after {x}.",
         ),
-        weight=1.3,
+        weight=1.6,
     ),
     Family(
         "count",
@@ -160,7 +158,7 @@ FAMILIES = (
             "Pick the odd one out of {list}.",
             "{list}. Which word is odd?",
         ),
-        weight=1.5,
+        weight=2.0,
     ),
     Family(
         "repeat",

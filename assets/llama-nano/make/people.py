@@ -66,7 +66,7 @@ FAMILIES = (
             "{story} So who has the {x}?",
             "Read this and say who has the {x}: {story}",
         ),
-        weight=2.6,
+        weight=3.0,
     ),
     Family(
         "place",
@@ -89,6 +89,6 @@ FAMILIES = (
             "{story} Where can I find {x}?",
             "Read this and say where {x} is: {story}",
         ),
-        weight=2.0,
+        weight=2.4,
     ),
 )

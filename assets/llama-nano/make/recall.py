@@ -117,6 +117,8 @@ class Recall(Family):
     def probe(self, rng: Random) -> tuple[str, str]:
         """(facts and the start of a repetition, its end) in plain notation."""
         item = self.sample(rng, True)
+        while len(stated(item, 0)) < 2:
+            item = self.sample(rng, True)
         facts = " ".join(stated(item, 0))
         return f"{facts} M{STATED[item['asked']][2][1:]} is", item["answer"] + "."
 

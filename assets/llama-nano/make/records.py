@@ -136,6 +136,6 @@ FAMILIES = (
             "These are the prices: {list}. How much is the {x}?",
             "{list}. The {x} has which price?",
         ),
-        weight=1.3,
+        weight=2.4,
     ),
 )

@@ -7,6 +7,7 @@ families, so half of these documents say something twice.
 from collections.abc import Callable
 from random import Random
 
+from families import FAMILIES
 from lexicon import (
     CATEGORIES,
     CATEGORY_OF,
@@ -143,7 +144,7 @@ def diary(rng: Random) -> str:
 
 def copied_list(rng: Random) -> str:
     """A list that is said again, as it stands, from another place or with a word taken out."""
-    pool = rng.choice((LIST_WORDS, LIST_WORDS, NAMES, CITIES, COLOURS, THINGS, PETS))
+    pool = rng.choice((LIST_WORDS, LIST_WORDS, NAMES, NAMES, PLACES, CITIES, COLOURS, THINGS, JOBS))
     words = rng.sample(pool, rng.randint(3, 6))
     line = ", ".join(words)
     style = rng.randrange(4)
@@ -169,9 +170,29 @@ def run_of_numbers(rng: Random) -> str:
     return ", ".join(str(start + step * index) for index in range(rng.randint(5, 9)))
 
 
+def sums(rng: Random) -> str:
+    """Sums with one number fixed, or differences of one number; held sums are left out."""
+    fixed = rng.randint(2, 10)
+    if rng.random() < 0.4:
+        return ", ".join(f"{fixed + 4} - {less} = {fixed + 4 - less}" for less in range(1, 6))
+    first = rng.randint(1, 6)
+    rows = [(fixed, other) for other in range(first, first + 5)]
+    if rng.random() < 0.5:
+        rows = [(other, fixed) for other, fixed in rows]
+    held = FAMILIES["add"].is_held
+    free = [(a, b) for a, b in rows if not held({"a": str(a), "b": str(b)})]
+    return ", ".join(f"{a} + {b} = {a + b}" for a, b in free)
+
+
 def spelled(rng: Random) -> str:
-    """Two words, letter by letter, in small and capital letters."""
-    words = rng.sample(WORDS, 2)
+    """Three words, letter by letter, in two notations.
+
+    Names, places and jobs stand in no family of single words. Without these lines nothing tells
+    one name from another, their embeddings stay alike, and a name is never copied.
+    """
+    words = rng.sample(rng.choice((NAMES, NAMES, PLACES, JOBS, CITIES, WORDS)), 3)
+    if rng.random() < 0.5:
+        return " ".join(f"{word} is spelled {'-'.join(word)}." for word in words)
     lines = (
         f"{word}: {' '.join(word)}; {word.upper()}: {' '.join(word.upper())}" for word in words
     )
@@ -229,10 +250,11 @@ SOURCES: dict[str, tuple[Callable[[Random], str], float]] = {
     "note": (note, 0.4),
     "talk": (talk, 1.0),
     "diary": (diary, 0.4),
-    "copied_list": (copied_list, 1.6),
+    "copied_list": (copied_list, 2.2),
     "copied_numbers": (copied_numbers, 0.5),
     "run_of_numbers": (run_of_numbers, 0.4),
-    "spelled": (spelled, 0.6),
+    "sums": (sums, 0.8),
+    "spelled": (spelled, 2.0),
     "pseudo_word": (pseudo_word, 0.6),
     "table": (table, 0.8),
     "json_rows": (json_rows, 1.0),
