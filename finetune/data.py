@@ -81,8 +81,8 @@ def load_data(
         train_ledger.num_rows_read, heldout_ledger.num_rows_read = len(train), len(heldout)
     documents = _documents(train, data, tokenizer, chat_format, train_ledger)
     if not documents:
-        dropped = "; ".join(train_ledger.lines())
-        raise InputError(f"data.train: no row is left to train on: {dropped}")
+        lines = [" ".join(line.split()) for line in train_ledger.lines()]
+        raise InputError(["data.train: no row is left to train on", *lines])
     held = _documents(heldout, data, tokenizer, chat_format, heldout_ledger)
     _note_overlap(documents, held, heldout_ledger)
     sources = [*data.train, *data.heldout]

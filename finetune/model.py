@@ -18,7 +18,7 @@ import torch
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
 
-from finetune import artifact
+from finetune import OFFLINE_BY_CHOICE, artifact
 from finetune.adapters import fingerprint_of_files
 from finetune.config import RunConfig
 from finetune.config.base import BaseSection
@@ -292,20 +292,25 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     Raises:
         InputError: unknown id, no access, no network.
     """
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise InputError(
-            f"base.path {hub_id}: not in the local cache and HF_HUB_OFFLINE=1 forbids the network; "
-            "unset it, or give a local folder"
-        )
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    print(f"base     {hub_id}: from the hub", file=sys.stderr)
+    if not OFFLINE_BY_CHOICE:
+        huggingface_hub.constants.HF_HUB_OFFLINE = False
+        print(
+            f"base     {hub_id}: from the hub, or the cache of an earlier download", file=sys.stderr
+        )
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        return Path(
+            huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=patterns)
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"base.path {hub_id}: not to be had from the hub: {reason}") from None
+        offline = " (HF_HUB_OFFLINE is set)" if OFFLINE_BY_CHOICE else ""
+        raise InputError(
+            f"base.path {hub_id}: not to be had from the hub{offline}: {reason}; "
+            "give a local folder, or ask for access to the model on its page"
+        ) from None
 
 
 def generation_config(base: Base) -> dict[str, object]:
