@@ -88,10 +88,26 @@ def score(
         InputError: no trained token in any document.
         CannotContinue: a document's loss is not finite.
     """
+    return total_of(score_rows(model, documents, batch_size, device))
+
+
+def score_rows(
+    model: torch.nn.Module, documents: Sequence[Document], batch_size: int, device: torch.device
+) -> list[tuple[float, int]]:
+    """(loss sum, trained tokens) of every document; one rank's share of `score` may be empty."""
     rows: list[tuple[float, int]] = []
     with evaluating(model):
         for start in range(0, len(documents), batch_size):
             rows += _score_batch(model, documents[start : start + batch_size], device)
+    return rows
+
+
+def total_of(rows: Sequence[tuple[float, int]]) -> HeldoutLoss:
+    """The sums over all rows.
+
+    Raises:
+        InputError: no trained token in any of them.
+    """
     num_tokens = sum(count for _, count in rows)
     if not num_tokens:
         raise InputError("the held-out rows have no trained token; nothing to score")

@@ -73,8 +73,9 @@ def prepare_data(config: RunConfig, run: RunFolder, base: Base, first: bool) -> 
     """Rows to documents; the ledger is printed and saved."""
     data = load_data(config, base.tokenizer, base.chat_format)
     if first:
-        _refuse_other_rows(run, data.as_json())
-        artifact.write_json(run.path / "data.json", data.as_json())
+        facts = data.as_json()
+        _refuse_other_rows(run, facts)
+        artifact.write_json(run.path / "data.json", facts)
         for ledger in data.ledgers:
             if ledger.num_rows_read:
                 _say("\n".join(ledger.lines()))
@@ -98,31 +99,31 @@ def _refuse_other_rows(run: RunFolder, found: dict[str, Any]) -> None:
     )
 
 
-def prepare_model(config: RunConfig, base: Base, first: bool) -> torch.nn.Module:
+def prepare_model(config: RunConfig, base: Base, data: RunData, first: bool) -> torch.nn.Module:
     """The base with a fresh adapter (or with all weights trainable), and the parameter report."""
     model = load_model(base, config.base, device_of_rank())
-    if first:
-        _warn_untrained(model, base)
     set_seed(config.run.seed)
     if config.adapter.method == "none":
         trained: torch.nn.Module = model
     else:
+        if first:
+            _warn_untrained(model, base, data)
         trained = adapters.attach(model, config.adapter, base.name)
     if first:
         _say("\n".join(adapters.report_parameters(trained).lines()))
     return trained
 
 
-def _warn_untrained(model: torch.nn.Module, base: Base) -> None:
-    if base.chat_format is None:
-        return
-    names = {s.text for s in base.chat_format.opening if s.control} | set(base.chat_format.stops)
-    vocabulary = base.tokenizer.get_vocab()
-    ids = {vocabulary[name]: name for name in names if name in vocabulary}
-    bare = [ids[token] for token in untrained_ids(model, sorted(ids))]
+def _warn_untrained(model: torch.nn.Module, base: Base, data: RunData) -> None:
+    """An adapter leaves the embeddings as they are: an id the base never trained stays noise."""
+    used = {token for document in data.train for token in document.input_ids}
+    bare = untrained_ids(model, sorted(used))
     if bare:
+        names = ", ".join(map(str, base.tokenizer.convert_ids_to_tokens(bare[:8])))
+        more = " …" if len(bare) > 8 else ""
         _say(
-            f"warning: the base never trained {', '.join(bare)}; use its Instruct model as the base"
+            f"warning: the rows use {len(bare)} token ids that the base never trained: "
+            f"{names}{more}; for chat tokens, use its Instruct model as the base"
         )
 
 

@@ -23,7 +23,7 @@ from finetune.artifact import staged
 from finetune.data import Document
 from finetune.errors import CannotContinue
 from finetune.fast.loss import IGNORED, Packed, token_losses
-from finetune.heldout import HeldoutLoss, score
+from finetune.heldout import HeldoutLoss, score_rows, total_of
 from finetune.packing import BatchPlan, Documents, PackLoader, PackSampler
 
 
@@ -142,10 +142,8 @@ class OurSeams(Trainer):
     def _score_heldout(self) -> HeldoutLoss:
         ranks, rank = self.args.world_size, self.args.process_index
         mine = self.ours.heldout[rank::ranks]
-        result = score(self.model, mine, self.ours.eval_batch_size, self.args.device)
-        sums = torch.tensor([result.loss_sum, result.num_tokens], dtype=torch.float64)
-        loss_sum, num_tokens = _sum_over_ranks(sums, self.args.device).tolist()
-        return HeldoutLoss(loss_sum, int(num_tokens), result.rows)
+        rows = score_rows(self.model, mine, self.ours.eval_batch_size, self.args.device)
+        return total_of([row for share in _gather_objects(rows) for row in share])
 
     # --- checkpoints --------------------------------------------------------------------------
 
