@@ -1,0 +1,77 @@
+"""The suite must fail when the code is wrong: each mutation is made in a copy and tested there."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COPIED = ("finetune", "tests", "assets", "configs", "pyproject.toml")
+
+# What goes wrong: (file, the line as it is, the line as it would be, the tests that must notice)
+MUTATIONS = {
+    "mask shifted by one": (
+        "finetune/llama/chat.py",
+        "        return Rendered(ids, mask)",
+        "        return Rendered(ids, [False, *mask[:-1]])",
+        "tests/llama/test_chat.py",
+    ),
+    "end of turn not trained": (
+        "finetune/llama/chat.py",
+        '        yield Segment("</s>", control=True, turn=turn)\n\n\ndef _llama2',
+        '        yield Segment("</s>", control=True)\n\n\ndef _llama2',
+        "tests/llama/test_chat.py",
+    ),
+    "labels shifted twice": (
+        "finetune/fast/loss.py",
+        "    targets = labels[0, 1:]",
+        "    targets = labels[0, 2:]",
+        "tests/fast/test_loss.py",
+    ),
+    "packed documents see each other": (
+        "finetune/fast/attention.py",
+        "    lengths = list(document_lengths)",
+        "    lengths = [sum(document_lengths)]",
+        "tests/fast/test_attention.py",
+    ),
+    "merge scaled by another factor": (
+        "finetune/merge.py",
+        "return weight.float() + self.scale *",
+        "return weight.float() + 1.01 * self.scale *",
+        "tests/test_merge.py",
+    ),
+    "loss divided by micro-batches": (
+        "finetune/trainer.py",
+        "        return loss_sum * (",
+        "        return loss_sum / self.args.gradient_accumulation_steps * (",
+        "tests/test_trainer.py",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_wrong_line_fails_the_suite(name: str, tmp_path: Path) -> None:
+    file, right, wrong, tests = MUTATIONS[name]
+    for part in COPIED:
+        source, target = REPOSITORY / part, tmp_path / part
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(source, target)
+    mutated = tmp_path / file
+    text = mutated.read_text(encoding="utf-8")
+    assert text.count(right) == 1, f"{file} has changed: the mutation does not fit any more"
+    assert _failures(tmp_path, tests) == 0
+    mutated.write_text(text.replace(right, wrong), encoding="utf-8")
+    assert _failures(tmp_path, tests) == 1
+
+
+def _failures(folder: Path, tests: str) -> int:
+    """pytest's exit code: 0 all passed, 1 some failed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+    return subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode
