@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -138,7 +137,7 @@ def load_adapter(
 
     Raises:
         CheckFailed: the folder differs from its manifest, the base is another one, keys are
-            missing or unexpected.
+            missing, unexpected or of another shape.
     """
     facts = verify(folder)["facts"]
     recorded = facts.get("base_fingerprint")
@@ -157,14 +156,22 @@ def load_adapter(
     return peft_model.eval()
 
 
-def _check_keys(folder: Path, model: PeftModel, weights: Mapping[str, Any]) -> None:
+def _check_keys(folder: Path, model: PeftModel, weights: Mapping[str, torch.Tensor]) -> None:
     expected = {
-        name.replace(".default.", ".") for name, _ in model.named_parameters() if "lora_" in name
+        name.replace(".default.", "."): p.shape
+        for name, p in model.named_parameters()
+        if "lora_" in name
     }
-    differing = sorted(expected ^ set(weights))
+    differing = sorted(set(expected) ^ set(weights))
     if differing:
         shown = ", ".join(differing[:5]) + (" …" if len(differing) > 5 else "")
         raise CheckFailed(f"{folder}: {len(differing)} adapter keys missing or unexpected: {shown}")
+    for name, shape in expected.items():
+        if weights[name].shape != shape:
+            raise CheckFailed(
+                f"{folder}: {name} has shape {tuple(weights[name].shape)}, the base and "
+                f"adapter_config.json ask for {tuple(shape)}"
+            )
 
 
 def fingerprint_of_files(paths: list[Path]) -> dict[str, str]:

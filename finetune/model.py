@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
 
@@ -62,8 +63,9 @@ class Base:
     revision: str | None = None
 
     def fingerprint(self) -> str:
-        """One hash over the weight files: the same base has the same, another another."""
-        return artifact.sha256_of_json(fingerprint_of_files(weight_files(self.folder)))
+        """One hash over weights and shape: the same base has the same, another another."""
+        files = fingerprint_of_files(weight_files(self.folder))
+        return artifact.sha256_of_json({"files": files, "architecture": asdict(self.architecture)})
 
 
 def find_base(config: RunConfig, run_path: Path) -> Base:
@@ -184,21 +186,35 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors of a folder, as its index names them, or the single file.
 
     Raises:
-        InputError: none, or a shard of the index is missing.
+        InputError: none, a shard of the index is missing, or a file is cut off.
     """
+    names = _weight_names(folder)
+    for name in names:
+        try:
+            with safe_open(str(folder / name), framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise InputError(
+                f"{folder / name}: not readable as safetensors ({error}); "
+                "a download that broke off? Fetch it again"
+            ) from None
+    return [folder / name for name in names]
+
+
+def _weight_names(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(artifact.read_json(index)["weight_map"].values()))
         missing = [n for n in names if "/" in n or not (folder / n).is_file()]
         if missing:
             raise InputError(f"{folder}: shards of the index are missing: {', '.join(missing)}")
-        return [folder / name for name in names]
+        return names
     single = folder / "model.safetensors"
     if not single.is_file():
         raise InputError(
             f"{folder}: no model.safetensors; pickled weights (.bin, .pt) are not read"
         )
-    return [single]
+    return [single.name]
 
 
 def load_model(base: Base, section: BaseSection, device: torch.device) -> LlamaForCausalLM:
@@ -231,7 +247,11 @@ def read_weights(folder: Path, **settings: Any) -> LlamaForCausalLM:
     """
     try:
         model, info = LlamaForCausalLM.from_pretrained(
-            str(folder), output_loading_info=True, **settings
+            # Mismatched sizes are among the findings below, not ignored.
+            str(folder),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **settings,
         )
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise CannotContinue(f"{folder}: does not fit into memory ({error})") from error
