@@ -24,6 +24,7 @@ WEIGHTS = "trained.safetensors"
 OPTIMIZER = "optimizer"
 SCHEDULER = "scheduler.json"
 LATEST = "latest.json"
+_TENSOR = "__tensor__"  # stands in JSON where a tensor was
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -130,28 +131,41 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Optimizer state: tensors as safetensors, everything else as JSON."""
-    state = optimizer.state_dict()
-    tensors, values = {}, {}
-    for index, entries in state["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}/{key}"] = value.detach().cpu().contiguous()
-            else:
-                values[f"{index}/{key}"] = value
+    """Optimizer state: tensors as safetensors, everything else as JSON that points at them."""
+    tensors: dict[str, torch.Tensor] = {}
+    structure = _without_tensors(optimizer.state_dict(), "state", tensors)
     save_file(tensors, str(folder / f"{OPTIMIZER}.safetensors"))
-    _write(folder / f"{OPTIMIZER}.json", {"values": values, "groups": state["param_groups"]})
+    _write(folder / f"{OPTIMIZER}.json", structure)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Puts optimizer state back."""
     tensors = load_file(str(folder / f"{OPTIMIZER}.safetensors"))
-    rest = read_json(folder / f"{OPTIMIZER}.json")
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in {**tensors, **rest["values"]}.items():
-        index, key = name.split("/", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+    state = _with_tensors(read_json(folder / f"{OPTIMIZER}.json"), tensors)
+    state["state"] = {int(index): entries for index, entries in state["state"].items()}
+    optimizer.load_state_dict(state)
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """The value as JSON; each tensor in it goes to `tensors` and leaves its name behind."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {_TENSOR: name}
+    if isinstance(value, dict):
+        return {str(k): _without_tensors(v, f"{name}/{k}", tensors) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]
+    return value
+
+
+def _with_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        return {key: _with_tensors(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(item, tensors) for item in value]
+    return value
 
 
 def save_scheduler(scheduler: Any, folder: Path) -> None:
