@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
 
-from finetune import OFFLINE_BY_CHOICE, artifact
+from finetune import artifact
 from finetune.adapters import fingerprint_of_files
 from finetune.config import RunConfig
 from finetune.config.base import BaseSection
 from finetune.errors import CannotContinue, InputError
 from finetune.fast.attention import register
+from finetune.hub import download
 from finetune.llama.architecture import (
     HUB_IDS,
     Architecture,
@@ -37,7 +37,6 @@ from finetune.llama.chat import FORMATS, ChatFormat, detect_format
 from finetune.llama.meta_format import cached_import
 from finetune.llama.tokenizer import load_tokenizer, save_tokenizer
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 logging.disable_progress_bar()
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -86,7 +85,7 @@ def find_base(config: RunConfig, run_path: Path) -> Base:
         name = str(folder)
     elif section.is_hub_id:
         assert section.path is not None
-        folder = _download(section.path, section.revision, _HUB_FILES)
+        folder = download(section.path, section.revision)
         name, revision = section.path, folder.name
     else:
         assert section.path is not None
@@ -108,7 +107,7 @@ def read_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerFast, ChatForm
         assert section.path is not None
         folder = Path(section.path)
         if section.is_hub_id:
-            folder = _download(section.path, section.revision, ["*.json", "*.model", "*.jinja"])
+            folder = download(section.path, section.revision, with_weights=False)
         tokenizer = load_tokenizer(Path(section.tokenizer) if section.tokenizer else folder)
         if is_meta_layout(folder):
             params = artifact.read_json(folder / "params.json")
@@ -304,33 +303,6 @@ def _write_random_base(config: RunConfig, folder: Path) -> None:
     with artifact.staged(folder, {"base": "random weights", "seed": config.run.seed}) as stage:
         model.save_pretrained(str(stage))
         save_tokenizer(tokenizer, stage)
-
-
-def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """A snapshot of a hub id; the network is used here and nowhere else.
-
-    Raises:
-        InputError: unknown id, no access, no network.
-    """
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if not OFFLINE_BY_CHOICE:
-        huggingface_hub.constants.HF_HUB_OFFLINE = False
-        print(
-            f"base     {hub_id}: from the hub, or the cache of an earlier download", file=sys.stderr
-        )
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=patterns)
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        offline = " (HF_HUB_OFFLINE is set)" if OFFLINE_BY_CHOICE else ""
-        raise InputError(
-            f"base.path {hub_id}: not to be had from the hub{offline}: {reason}; "
-            "give a local folder, or ask for access to the model on its page"
-        ) from None
 
 
 def generation_config(base: Base) -> dict[str, object]:

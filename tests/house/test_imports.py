@@ -23,7 +23,7 @@ LINES = (
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
     " llama.presets",
     "config",
-    "llama adapters fast run_folder rows ledger",
+    "llama adapters fast run_folder rows ledger hub",
     "data model plan packing",
     "checkpoint heldout preview",
     "trainer inference",
