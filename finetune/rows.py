@@ -50,19 +50,17 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file (relative paths start at the current folder)")
+    if path.suffix not in (".json", ".jsonl"):
+        raise InputError(
+            f"{path}: files of type {path.suffix or 'none'} are not read; use .json or .jsonl"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})") from None
     if not text.strip():
         raise InputError(f"{path}: is empty; expected at least one row")
-    if path.suffix == ".jsonl":
-        return _read_lines(path, text)
-    if path.suffix == ".json":
-        return _read_array(path, text)
-    raise InputError(
-        f"{path}: files of type {path.suffix or 'none'} are not read; use .json or .jsonl"
-    )
+    return _read_lines(path, text) if path.suffix == ".jsonl" else _read_array(path, text)
 
 
 def _read_lines(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -73,23 +71,25 @@ def _read_lines(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
             continue
         where = f"{path}:{number}"
         try:
-            rows.append((where, _as_object(json.loads(line, parse_constant=_refuse_constant))))
+            rows.append((where, _as_object(_parsed(line))))
         except ValueError as error:
             findings.append(f"{where}: {error}")
-    _raise(findings)
+    refuse(findings)
     return rows
 
 
 def _read_array(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
     try:
-        array = json.loads(text, parse_constant=_refuse_constant)
+        array = _parsed(text)
     except ValueError as error:
         raise InputError(
             f"{path}: not readable as JSON ({error}); one object a line is .jsonl"
         ) from None
     if not isinstance(array, list) or not array:
         found = "an empty array" if array == [] else f"a single {type(array).__name__}"
-        raise InputError(f"{path}: found {found}; expected an array of objects")
+        raise InputError(
+            f"{path}: found {found}; expected an array of objects; one object a line is .jsonl"
+        )
     rows, findings = [], []
     for number, row in enumerate(array, start=1):
         where = f"{path}:{number}"
@@ -97,8 +97,15 @@ def _read_array(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
             rows.append((where, _as_object(row)))
         except ValueError as error:
             findings.append(f"{where}: {error}")
-    _raise(findings)
+    refuse(findings)
     return rows
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply to be a row") from None
 
 
 def _as_object(row: Any) -> dict[str, Any]:
@@ -143,7 +150,10 @@ def read_examples(
     Raises:
         InputError: rows that are not of the shape (all of them, up to 20).
     """
-    rows = [(where, _renamed(row, columns or {})) for where, row in read_rows(path)]
+    rows = read_rows(path)
+    if columns:
+        _check_columns(path, rows, columns)
+        rows = [(where, _renamed(row, columns)) for where, row in rows]
     if shape == "auto":
         shape = detect_shape(path, rows[0][1])
     examples, findings = [], []
@@ -152,13 +162,29 @@ def read_examples(
             examples.append(_example(where, row, shape))
         except ValueError as error:
             findings.append(f"{where}: {error}")
-    _raise(findings)
+    refuse(findings)
     return shape, examples
 
 
+def _check_columns(
+    path: Path, rows: Sequence[tuple[str, dict[str, Any]]], columns: Mapping[str, str]
+) -> None:
+    names = {name for _, row in rows for name in row}
+    refuse(
+        [
+            f"{path}: no row has the column {theirs} that columns.{ours} names; "
+            f"there are {', '.join(sorted(names))}"
+            for ours, theirs in columns.items()
+            if theirs not in names
+        ]
+    )
+
+
 def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    theirs = {name: ours for ours, name in columns.items()}
-    return {theirs.get(key, key): value for key, value in row.items()}
+    """The columns under our names; one of the file's own that has such a name gives way."""
+    named = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    taken = {*columns, *columns.values()}
+    return named | {key: value for key, value in row.items() if key not in taken}
 
 
 def _example(where: str, row: dict[str, Any], shape: str) -> Example:
@@ -184,17 +210,16 @@ def _from_messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
         unknown = {k for k, v in message.items() if v is not None} - {"role", "content"}
         if unknown:
             raise ValueError(f"messages[{index}] has {', '.join(sorted(unknown))}, not read yet")
-        result.append({"role": _text(message, "role"), "content": _text(message, "content")})
+        try:
+            result.append({"role": _text(message, "role"), "content": _text(message, "content")})
+        except ValueError as error:
+            raise ValueError(f"messages[{index}].{error}") from None
     return result
 
 
 def _from_alpaca(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    instruction, extra = _text(row, "instruction"), row.get("input") or ""
-    if not isinstance(extra, str):
-        raise ValueError(f"input is a {type(extra).__name__}; expected text")
-    system = row.get("system") or ""
-    if not isinstance(system, str):
-        raise ValueError(f"system is a {type(system).__name__}; expected text")
+    instruction = _text(row, "instruction")
+    extra, system = _optional_text(row, "input"), _optional_text(row, "system")
     user = f"{instruction}\n\n{extra}" if extra.strip() else instruction
     opening = [{"role": "system", "content": system}] if system.strip() else []
     return [*opening, *_turn(user, _text(row, "output"))]
@@ -215,10 +240,16 @@ _MESSAGES_OF = {
 }
 
 
+def _optional_text(row: Mapping[str, Any], key: str) -> str:
+    return "" if row.get(key) is None else _text(row, key)
+
+
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        found = "missing" if value is None else f"a {type(value).__name__}"
+        found = f"a {type(value).__name__}"
+        if value is None:
+            found = "null" if key in row else "missing"
         raise ValueError(f"{key} is {found}; expected text")
     try:
         value.encode()
@@ -227,7 +258,12 @@ def _text(row: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def _raise(findings: Sequence[str]) -> None:
+def refuse(findings: Sequence[str]) -> None:
+    """Raises the findings, one a row, if there are any: the first 20, and how many more.
+
+    Raises:
+        InputError: there are findings.
+    """
     if not findings:
         return
     rest = len(findings) - MAX_FINDINGS
