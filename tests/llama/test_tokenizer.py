@@ -7,43 +7,23 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import sentencepiece
-import tiktoken
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from original_tokenizers import Oracle, spm_oracle, tiktoken_oracle
 from small_tokenizers import scored_model, sentencepiece_model, sentences, tiktoken_model
 from transformers import AutoTokenizer
 
 from finetune.errors import InputError
 from finetune.llama import tokenizer as t
-from finetune.llama.tiktoken_file import SPLIT_PATTERN, special_tokens
+from finetune.llama.tiktoken_file import special_tokens
 from finetune.llama.tokenizer_proof import PROBE
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 CONTROLS = ("<|system|>", "<|user|>", "<|assistant|>")
-Oracle = Callable[[str], list[int]]
-
-
-def spm_oracle(file: Path) -> Oracle:
-    """SentencePiece itself, reading the file."""
-    return sentencepiece.SentencePieceProcessor(model_file=str(file)).encode
-
-
-def tiktoken_oracle(file: Path) -> Oracle:
-    """tiktoken itself, with ranks read by tiktoken's own loader and specials as Meta adds them."""
-    from tiktoken.load import load_tiktoken_bpe
-
-    ranks = load_tiktoken_bpe(str(file))
-    specials = {name: len(ranks) + i for i, name in enumerate(special_tokens(False))}
-    encoding = tiktoken.Encoding(
-        "meta", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials
-    )
-    return lambda text: encoding.encode(text, allowed_special=set(), disallowed_special=())
 
 
 @pytest.fixture(scope="session")
