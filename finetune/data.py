@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from finetune.errors import InputError
 from finetune.ledger import Ledger
 from finetune.llama.chat import ChatFormat, Rendered
 from finetune.llama.tokenizer import encode_texts
-from finetune.rows import Example, iter_answers, read_examples
+from finetune.rows import Example, iter_answers, read_examples, refuse
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class RunData:
     def as_json(self) -> dict[str, Any]:
         """data.json of the run folder."""
         sides = {ledger.name: ledger.as_json() for ledger in self.ledgers}
-        ids = [[d.input_ids, d.train_mask] for side in (self.train, self.heldout) for d in side]
+        both = (self.train, self.heldout)
+        ids = [[[d.input_ids, d.train_mask] for d in side] for side in both]
         return {"files": self.file_hashes, "documents_sha256": sha256_of_json(ids), **sides}
 
 
@@ -69,7 +69,7 @@ def load_data(
         chat_format: None for recipes on plain text.
 
     Raises:
-        InputError: unreadable files or rows, nothing to train on, overlong rows under `error`.
+        InputError: unreadable files or rows, a side without a row, overlong rows under `error`.
     """
     data = config.data
     if not data.train:
@@ -79,15 +79,25 @@ def load_data(
     if data.heldout_fraction:
         train, heldout = _split(train, data.heldout_fraction)
         train_ledger.num_rows_read, heldout_ledger.num_rows_read = len(train), len(heldout)
+        if not heldout:
+            raise InputError(
+                f"data.heldout_fraction: {data.heldout_fraction} of {len(train)} rows holds none "
+                "out; raise it, or name a file in data.heldout"
+            )
     documents = _documents(train, data, tokenizer, chat_format, train_ledger)
-    if not documents:
-        lines = [" ".join(line.split()) for line in train_ledger.lines()]
-        raise InputError(["data.train: no row is left to train on", *lines])
+    _refuse_none("data.train: no row is left to train on", documents, train_ledger)
     held = _documents(heldout, data, tokenizer, chat_format, heldout_ledger)
+    if heldout:
+        _refuse_none("data.heldout: no row is left to score", held, heldout_ledger)
     _note_overlap(documents, held, heldout_ledger)
     sources = [*data.train, *data.heldout]
     hashes = {source.path: sha256_of(Path(source.path)) for source in sources}
     return RunData(documents, held, (train_ledger, heldout_ledger), hashes)
+
+
+def _refuse_none(finding: str, documents: Sequence[Document], ledger: Ledger) -> None:
+    if not documents:
+        raise InputError([finding, *(" ".join(line.split()) for line in ledger.lines())])
 
 
 def load_heldout(
@@ -124,8 +134,8 @@ def _split(examples: list[Example], fraction: float) -> tuple[list[Example], lis
     """Splits by a hash of the content, so that a row never changes sides between runs."""
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
-        content = repr((example.messages, example.text)).encode()
-        share = int.from_bytes(sha256(content).digest()[:8], "big") / 2**64
+        content = sha256_of_json([example.messages, example.text])
+        share = int(content[:16], 16) / 2**64
         sides[share < fraction].append(example)
     return sides
 
@@ -138,23 +148,27 @@ def _documents(
     ledger: Ledger,
 ) -> list[Document]:
     rendered = (
-        _render_texts(examples, tokenizer)
+        _render_texts(examples, tokenizer, ledger)
         if chat_format is None
         else _render_conversations(examples, data, tokenizer, chat_format, ledger)
     )
-    documents, overlong = [], []
+    documents, overlong, num_split = [], [], 0
     for example, row in rendered:
+        parts = [row]
         if len(row.input_ids) > data.max_length:
             overlong.append(f"{example.where}: {len(row.input_ids)} tokens")
             parts = _overlong(example, row, data, ledger)
-        else:
-            parts = [row]
-        for part in parts:
-            ledger.keep(part.train_mask)
-            documents.append(Document(example, part.input_ids, part.train_mask))
-    if overlong and data.on_overflow == "error":
+            num_split += bool(parts)
+        if parts:
+            ledger.keep(*(part.train_mask for part in parts))
+        documents += [Document(example, part.input_ids, part.train_mask) for part in parts]
+    if data.on_overflow == "error":
         limit = f"over data.max_length {data.max_length}; raise it, or data.on_overflow=drop"
-        raise InputError([f"{place}, {limit}" for place in overlong[:20]])
+        refuse([f"{place}, {limit}" for place in overlong])
+    if num_split:
+        ledger.notes.append(
+            f"{num_split:,} rows longer than data.max_length ({data.max_length} tokens) are split"
+        )
     return documents
 
 
@@ -169,9 +183,13 @@ def _overlong(example: Example, row: Rendered, data: DataSection, ledger: Ledger
 
 
 def _render_texts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, ledger: Ledger
 ) -> list[tuple[Example, Rendered]]:
     """Plain text: BOS, the text, EOS where it really ends; everything but BOS is trained."""
+    for example in examples:
+        if not example.text.strip():
+            ledger.drop("without text", example.where)
+    examples = [example for example in examples if example.text.strip()]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert None not in (bos, eos), "Llama tokenizers have BOS and EOS"
     result = []
@@ -196,14 +214,16 @@ def _render_conversations(
         if not answers or not answers[-1].strip():
             ledger.drop("without an answer", example.where)
             continue
+        if data.train_on != "last" and not all(answer.strip() for answer in answers):
+            ledger.drop("with an empty answer among its answers", example.where)
+            continue
         try:
             row = chat_format.render(tokenizer, example.messages, data.train_on)
         except InputError as error:
             findings.append(f"{example.where}: {error}")
             continue
         result.append((example, row))
-    if findings:
-        raise InputError(findings[:20])
+    refuse(findings)
     return result
 
 

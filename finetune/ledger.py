@@ -16,7 +16,7 @@ class Ledger:
     Attributes:
         name: train or heldout.
         num_rows_read: rows in the files.
-        num_rows_kept: rows that became documents.
+        num_rows_kept: rows that became documents: one each, or, split, several.
         num_tokens_trained: tokens that count in the loss.
         num_tokens_context: tokens that are read but not trained.
         num_tokens_dropped: tokens of dropped rows.
@@ -35,13 +35,17 @@ class Ledger:
     notes: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
 
-    def keep(self, train_mask: Sequence[bool]) -> None:
-        """Counts one document that stays. The first token of a document is never trained."""
-        trained = sum(train_mask[1:])
+    def keep(self, *train_masks: Sequence[bool]) -> None:
+        """Counts one row that stays, by the masks of its documents.
+
+        The first token of a document is never trained.
+        """
         self.num_rows_kept += 1
-        self.num_tokens_trained += trained
-        self.num_tokens_context += len(train_mask) - trained
-        self.lengths.append(len(train_mask))
+        for train_mask in train_masks:
+            trained = sum(train_mask[1:])
+            self.num_tokens_trained += trained
+            self.num_tokens_context += len(train_mask) - trained
+            self.lengths.append(len(train_mask))
 
     def drop(self, reason: str, where: str, num_tokens: int = 0) -> None:
         """Counts one row that goes, with the reason."""
@@ -60,6 +64,7 @@ class Ledger:
             "rows_read": self.num_rows_read,
             "rows_kept": self.num_rows_kept,
             "rows_dropped": self.num_rows_dropped,
+            "documents": len(self.lengths),
             "tokens": self.num_tokens_trained + self.num_tokens_context,
             "tokens_trained": self.num_tokens_trained,
             "tokens_context": self.num_tokens_context,

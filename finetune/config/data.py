@@ -59,7 +59,8 @@ class DataSection(Section):
     """Held-out rows, never trained on. At most one of `heldout`, `heldout_fraction`."""
 
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the training rows to hold out, chosen by the seed."""
+    """Share of the training rows to hold out, chosen by a hash of each row's content: a row stays
+    on its side when others are added."""
 
     date_string: Text = "26 Jul 2024"
     """The date that formats with a date print (Llama 3.1, 3.2): never the clock."""
