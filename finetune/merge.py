@@ -191,19 +191,30 @@ def merge(run: RunFolder, out: Path | None = None, dtype: str | None = None) -> 
         "dtype": str(plan.dtype).removeprefix("torch."),
     }
     if target.exists():
-        return _already_merged(target, facts)
+        return _already_merged(run, plan, target, facts)
     with artifact.staged(target, facts) as stage:
         write_merged(plan, stage)
-        result = {**facts, "matrices": len(plan.updates), "proof": prove(run, plan.base, stage)}
+        result = _proven(run, plan, stage, facts)
     artifact.write_json(target.parent / "merge.json", result)
     return result
 
 
-def _already_merged(target: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def _proven(run: RunFolder, plan: MergePlan, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    return {**facts, "matrices": len(plan.updates), "proof": prove(run, plan.base, folder)}
+
+
+def _already_merged(
+    run: RunFolder, plan: MergePlan, target: Path, facts: dict[str, Any]
+) -> dict[str, Any]:
     if artifact.verify(target)["facts"] != facts:
         raise InputError(f"{target}: holds another merge; remove it or choose another --out")
     print(f"merge    {target} is merged from this adapter already, and verifies", file=sys.stderr)
-    result: dict[str, Any] = artifact.read_json(target.parent / "merge.json")
+    record = target.parent / "merge.json"
+    result: dict[str, Any] = artifact.read_json(record) if record.exists() else {}
+    if any(result.get(key) != value for key, value in facts.items()):
+        # Of another merge beside this one, or lost with the process that merged: proven again.
+        result = _proven(run, plan, target, facts)
+        artifact.write_json(record, result)
     return result
 
 
