@@ -7,3 +7,9 @@ SUM_ORDER_FLOAT32 = 1e-6
 
 BFLOAT16_GRADIENT = 0.1
 """A gradient through bfloat16 products (8 bits of mantissa), relative to its largest entry."""
+
+MERGED_LOGITS_FLOAT32 = 1e-4
+"""Logits of W + s·B·A against W and B·A apart, in float32; logits themselves are about 1."""
+
+MERGED_KL_LOW_PRECISION = 5e-3
+"""Nats a token between attached and merged, where the merged weights are rounded to 8 bits."""
