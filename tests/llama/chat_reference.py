@@ -13,17 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
 import tiktoken
+from original_tokenizers import Oracle, spm_oracle, tiktoken_encoding
 from small_tokenizers import sentencepiece_model, tiktoken_model
-from tiktoken.load import load_tiktoken_bpe
 from transformers import PreTrainedTokenizerFast
 
 from finetune.llama.chat import FORMATS, ChatFormat
-from finetune.llama.tiktoken_file import SPLIT_PATTERN, special_tokens
 from finetune.llama.tokenizer import load_tokenizer
 
-Oracle = Callable[[str], list[int]]
 Messages = Sequence[dict[str, str]]
 DATE = "05 May 2025"
 NANO = Path(__file__).resolve().parents[2] / "assets" / "llama-nano" / "tokenizer.model"
@@ -74,20 +71,14 @@ def case_files(name: str, shared: Callable[[str], Path], folder: Path) -> Case:
     else:
         file = NANO if name == "nano" else shared(f"tokenizers/{format_name[:6]}/tokenizer.model")
     if format_name in ("nano", "llama2"):
-        oracle = sentencepiece.SentencePieceProcessor(model_file=str(file)).encode
-        return Case(format_name, load_tokenizer(file), oracle)
+        return Case(format_name, load_tokenizer(file), spm_oracle(file))
     tokenizer, encoding = _tiktoken_pair(file)
     return Case(format_name, tokenizer, encoding.encode_ordinary, encoding)
 
 
 @functools.cache  # the genuine file takes seconds, and serves two formats
 def _tiktoken_pair(file: Path) -> tuple[PreTrainedTokenizerFast, tiktoken.Encoding]:
-    ranks = load_tiktoken_bpe(str(file))
-    specials = {name: len(ranks) + i for i, name in enumerate(special_tokens(False))}
-    encoding = tiktoken.Encoding(
-        "meta", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials
-    )
-    return load_tokenizer(file), encoding
+    return load_tokenizer(file), tiktoken_encoding(file)
 
 
 def reference(case: Case, messages: Messages, train_on: str) -> tuple[list[int], list[bool]]:

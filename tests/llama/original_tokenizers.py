@@ -18,13 +18,17 @@ def spm_oracle(file: Path) -> Oracle:
     return sentencepiece.SentencePieceProcessor(model_file=str(file)).encode
 
 
-def tiktoken_oracle(file: Path) -> Oracle:
+def tiktoken_encoding(file: Path) -> tiktoken.Encoding:
     """tiktoken itself, with ranks read by tiktoken's own loader and specials as Meta adds them."""
     from tiktoken.load import load_tiktoken_bpe
 
     ranks = load_tiktoken_bpe(str(file))
     specials = {name: len(ranks) + i for i, name in enumerate(special_tokens(False))}
-    encoding = tiktoken.Encoding(
+    return tiktoken.Encoding(
         "meta", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials
     )
-    return lambda text: encoding.encode(text, allowed_special=set(), disallowed_special=())
+
+
+def tiktoken_oracle(file: Path) -> Oracle:
+    """Ids of a text by tiktoken, control tokens in it as text."""
+    return tiktoken_encoding(file).encode_ordinary
