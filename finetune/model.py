@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 from transformers.utils import logging
 
 from finetune import artifact
@@ -260,6 +266,9 @@ def read_weights(folder: Path, **settings: Any) -> LlamaForCausalLM:
     if findings:
         raise InputError(findings)
     assert all(b.dtype == torch.float32 for n, b in model.named_buffers() if "inv_freq" in n)
+    # The folder's own settings (top_k, a repetition penalty) would mix with what is asked for, and
+    # differ between a base and its merge. top_k=0: transformers' default keeps the 50 likeliest.
+    model.generation_config = GenerationConfig(top_k=0)
     return model
 
 
