@@ -25,19 +25,29 @@ from finetune.inference import (
 from finetune.run_folder import RunFolder, find_run
 from finetune.scoring import GROUP_COLUMNS, Scores, probe, score_model
 
+SAME_LOSS = 1e-4  # nats: two ways to compute one model's loss differ by less
+
 
 def main(argv: Sequence[str]) -> int:
     """The verb `eval`."""
     args = _parse(argv)
     if args.probe:
         return _main_probe(args)
+    if args.fail_if_worse and not args.against:
+        raise InputError("--fail-if-worse has no effect without --against; name what to beat")
     subject = find_subject(args.target, args.against, args.run)
     config = subject.config
     documents: list[Document] = []
     scores: list[Scores] = []
+    vocabulary: dict[str, int] = {}
     ask = "exact_match" in config.eval.tasks and config.recipe != "pretrain"
     for name in subject.models:
         opened = subject.open(name)
+        vocabulary = vocabulary or opened.base.tokenizer.get_vocab()
+        if opened.base.tokenizer.get_vocab() != vocabulary:
+            raise InputError(
+                f"{name}: has another tokenizer than {subject.models[0]}; not compared"
+            )
         documents = documents or heldout_documents(config, opened, args.data)
         batch_size, new_tokens = config.eval.per_device_eval_batch_size, config.eval.max_new_tokens
         scores.append(score_model(opened, documents, batch_size, new_tokens, ask))
@@ -158,6 +168,7 @@ def _result(scores: Sequence[Scores]) -> dict[str, Any]:
     result = scores[0].as_json()
     if len(scores) > 1:
         result["against"] = [other.as_json() for other in scores[1:]]
+    if len(scores) > 1 and scores[0].answers:
         result["same_text"] = {
             other.name: sum(
                 a.written == b.written
@@ -179,7 +190,8 @@ def _verdict(scores: Sequence[Scores], fail_if_worse: bool) -> int:
         return 0
     first = scores[0]
     assert first.heldout is not None
-    worse = [o.name for o in scores[1:] if o.heldout and first.heldout.loss > o.heldout.loss]
+    limits = {o.name: o.heldout.loss + SAME_LOSS for o in scores[1:] if o.heldout}
+    worse = [name for name, limit in limits.items() if first.heldout.loss > limit]
     if worse:
         raise CheckFailed(f"{first.name} has a higher held-out loss than {', '.join(worse)}")
     return 0

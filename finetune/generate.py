@@ -18,6 +18,7 @@ from finetune.inference import (
     open_variant,
     trained_variant,
 )
+from finetune.llama.chat import ChatFormat
 from finetune.llama.tokenizer import encode_text
 from finetune.run_folder import RunFolder
 
@@ -42,12 +43,12 @@ def main_chat(argv: Sequence[str]) -> int:
     """The verb `chat`: a conversation until an empty line or the end of input."""
     args = _parser("chat").parse_args(list(argv))
     opened = open_any(Path(args.target), raw=False)
-    assert opened.base.chat_format is not None
+    chat_format = _chat_format(opened)
     messages: list[dict[str, str]] = []
     print("an empty line ends the conversation", file=sys.stderr)
     while text := _read_line():
         messages.append({"role": "user", "content": text})
-        prompt = opened.base.chat_format.prompt(opened.base.tokenizer, messages)
+        prompt = chat_format.prompt(opened.base.tokenizer, messages)
         ids = next(continue_prompts(opened, [prompt], _sampling(args)))
         answer = opened.base.tokenizer.decode(ids, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
@@ -77,8 +78,17 @@ def _prompt_ids(opened: Opened, args: argparse.Namespace) -> list[int]:
     if args.raw:
         text_ids = encode_text(tokenizer, args.prompt) if args.prompt else []
         return [tokenizer.bos_token_id, *text_ids]
-    assert opened.base.chat_format is not None
-    return opened.base.chat_format.prompt(tokenizer, [{"role": "user", "content": args.prompt}])
+    messages = [{"role": "user", "content": args.prompt}]
+    return _chat_format(opened).prompt(tokenizer, messages)
+
+
+def _chat_format(opened: Opened) -> ChatFormat:
+    if opened.base.chat_format is None:
+        raise InputError(
+            f"{opened.base.name}: trained on plain text, without a prompt format; "
+            "`generate --raw` goes on from a text"
+        )
+    return opened.base.chat_format
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data import Document
+from finetune.errors import InputError
 from finetune.heldout import HeldoutLoss, score
 from finetune.inference import Opened, Sampling, continue_prompts
 from finetune.llama.tokenizer import encode_text
@@ -107,9 +108,20 @@ def probe(opened: Opened, path: Path) -> Scores:
     """Plain-notation skills: rows of `prompt` and `answer`, continued greedily without a format.
 
     The continuation up to the answer's length must be the answer.
+
+    Raises:
+        InputError: rows without a prompt or an answer.
     """
     tokenizer, answers = opened.base.tokenizer, []
     rows = read_rows(path)
+    findings = [
+        f"{where}: {key} is not text; a probe's row has prompt and answer"
+        for where, row in rows
+        for key in ("prompt", "answer")
+        if not isinstance(row.get(key), str)
+    ]
+    if findings:
+        raise InputError(findings)
     bos = [tokenizer.bos_token_id]
     prompts = [bos + encode_text(tokenizer, row["prompt"]) for _, row in rows]
     longest = max(len(encode_text(tokenizer, row["answer"])) for _, row in rows)
