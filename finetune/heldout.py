@@ -65,14 +65,15 @@ def to_device(packed: Packed, device: torch.device) -> Packed:
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode found is put back."""
-    was_training = model.training
+    """Evaluation mode without gradients; the mode found is put back, of every module its own."""
+    was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, training in was_training.items():
+            module.training = training
 
 
 def score(
