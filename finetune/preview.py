@@ -7,12 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerFast
 
 from finetune.config.loader import load
 from finetune.data import Document, load_data
+from finetune.errors import InputError
 from finetune.fast.loss import IGNORED
 from finetune.model import read_tokenizer
 
@@ -35,9 +36,15 @@ def as_row(tokenizer: PreTrainedTokenizerFast, document: Document) -> dict[str, 
     }
 
 
-def show_example(tokenizer: PreTrainedTokenizerFast, document: Document) -> str:
-    """A document with its mask: in colour on a terminal, in brackets elsewhere."""
-    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+def show_example(
+    tokenizer: PreTrainedTokenizerFast, document: Document, stream: TextIO | None = None
+) -> str:
+    """A document with its mask: in colour on a terminal, in brackets elsewhere.
+
+    Args:
+        stream: where it will be printed; standard error if left out.
+    """
+    colour = (stream or sys.stderr).isatty() and not os.environ.get("NO_COLOR")
     spans: list[tuple[bool, list[int]]] = []
     for token, label in zip(document.input_ids, labels_of(document), strict=True):
         trained = label != IGNORED
@@ -66,6 +73,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rows", type=int, default=5, help="how many documents (default 5)")
     parser.add_argument("--json", action="store_true", help='{"rows": [{input_ids, labels, text}]}')
     args = parser.parse_intermixed_args(list(argv))
+    if args.rows < 1:
+        raise InputError(f"--rows {args.rows}: allowed: 1 or more")
     config = load(args.config, args.overrides).config
     tokenizer, chat_format = read_tokenizer(config)
     data = load_data(config, tokenizer, chat_format)
@@ -77,5 +86,5 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps({"rows": rows}, ensure_ascii=False))
         return 0
     for document in documents:
-        print(show_example(tokenizer, document) + "\n")
+        print(show_example(tokenizer, document, sys.stdout) + "\n")
     return 0
