@@ -194,9 +194,11 @@ def _generate(
     width, padding = max(map(len, prompts)), opened.base.tokenizer.pad_token_id or 0
     rows = [[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     masks = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    settings: dict[str, object] = {"do_sample": False, "temperature": None, "top_p": None}
+    settings: dict[str, object] = {"do_sample": False}
     if sampling.temperature > 0:
-        settings = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        # top_k=0: transformers' default would draw from the 50 likeliest alone.
+        settings = {"do_sample": True, "top_k": 0}
+        settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
     with evaluating(opened.model):
         output = opened.model.generate(
             input_ids=torch.tensor(rows, device=opened.device),

@@ -267,8 +267,8 @@ def read_weights(folder: Path, **settings: Any) -> LlamaForCausalLM:
         raise InputError(findings)
     assert all(b.dtype == torch.float32 for n, b in model.named_buffers() if "inv_freq" in n)
     # The folder's own settings (top_k, a repetition penalty) would mix with what is asked for, and
-    # differ between a base and its merge. top_k=0: transformers' default keeps the 50 likeliest.
-    model.generation_config = GenerationConfig(top_k=0)
+    # differ between a base and its merge.
+    model.generation_config = GenerationConfig()
     return model
 
 
