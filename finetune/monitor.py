@@ -19,21 +19,30 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune.trainer import OurSeams
 
+SAME_REQUEST_SECONDS = 2.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Set by the first signal, read at step boundaries; the second signal ends at once."""
+    """Set by the first signal, read at step boundaries; a second one ends the process at once.
+
+    A scheduler that signals a job's whole process tree, and a launcher that passes a signal on,
+    make two of one: what follows within `SAME_REQUEST_SECONDS` is the same request.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.received_at = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
+        now = time.monotonic()
         if self.received is not None:
+            if now - self.received_at < SAME_REQUEST_SECONDS:
+                return
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = number
+        self.received, self.received_at = number, now
         name = signal.Signals(number).name
         print(
             f"\n{name}: finishing this step, then saving; once more to end at once", file=sys.stderr

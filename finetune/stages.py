@@ -134,12 +134,27 @@ def gather_parts(
     return Parts(config, run.path, model, base.tokenizer, data, ranks)
 
 
-def choose_checkpoint(config: RunConfig, run: RunFolder, first: bool) -> Path | None:
-    """What to go on from: the first rank verifies and sets aside, the others take its answer."""
-    answer = [checkpoint.find_resumable(run.checkpoints, config.run.resume) if first else None]
+def choose_checkpoint(parts: Parts, run: RunFolder, first: bool) -> Path | None:
+    """What to go on from: the first rank verifies and sets aside, the others take its answer.
+
+    Raises:
+        InputError: it was written by another number of ranks.
+        CheckFailed: see `checkpoint.find_resumable`.
+    """
+    answer: list[Path | None] = [None]
+    if first:
+        answer = [checkpoint.find_resumable(run.checkpoints, parts.config.run.resume)]
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
-    if first and answer[0]:
+    if answer[0] is None:
+        return None
+    ranks = artifact.read_manifest(answer[0])["facts"]["num_ranks"]
+    if ranks != parts.num_ranks:
+        raise InputError(
+            f"{answer[0]}: was written by {ranks} ranks, this launch has {parts.num_ranks}: its "
+            f"steps would hold other rows. Launch {ranks}, or choose another run.name"
+        )
+    if first:
         _say(f"resume   from {answer[0]}")
     return answer[0]
 

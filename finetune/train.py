@@ -72,7 +72,7 @@ def _train(loaded: Loaded, run: RunFolder) -> None:
     _check_ranks(trainer.accelerator.num_processes)
     if is_first_rank():
         _say(stages.describe_steps(parts, trainer.ours.plan))
-    resumed = stages.choose_checkpoint(config, run, is_first_rank())
+    resumed = stages.choose_checkpoint(parts, run, is_first_rank())
     with stop_on_signals() as flag:
         stop = StopAtBoundary(flag)
         trainer.add_callback(stop)
@@ -105,6 +105,9 @@ def _state_recorded(run: RunFolder) -> Iterator[None]:
     run.write_state(state="finished", exit_code=0, reason=None)
 
 
+_RENDEZVOUS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 def num_ranks() -> int:
     """Processes of this launch, as the launcher says."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -118,14 +121,21 @@ def is_first_rank() -> bool:
 def check_launch() -> None:
     """Refuses a launch that asked for several processes and got one.
 
-    `accelerate launch --cpu --num_processes 2` starts a single process on a machine without a
-    GPU and says nothing (accelerate 1.15).
+    WORLD_SIZE without the rest of what ranks need to meet was set by hand, or by a scheduler that
+    starts no others. `accelerate launch --cpu --num_processes 2` starts a single process on a
+    machine without a GPU and says nothing (accelerate 1.15).
     """
     asked = _accelerate_num_processes()
     if asked is not None and asked != num_ranks():
         raise InputError(
             f"accelerate launch was asked for {asked} processes and started {num_ranks()}; "
             "on CPU use --multi_gpu --num_processes N (gloo), or torchrun"
+        )
+    missing = [name for name in _RENDEZVOUS if name not in os.environ]
+    if num_ranks() > 1 and missing:
+        raise InputError(
+            f"WORLD_SIZE is {num_ranks()}, but {', '.join(missing)} is not set: this process is "
+            "alone. Launch with accelerate launch --multi_gpu --num_processes N, or torchrun"
         )
 
 
