@@ -15,12 +15,14 @@ from small_runs import (
     embedded_rows,
     flip_bit,
     losses,
+    republish,
     same_bits,
     write_rows,
 )
 from test_train import on_step
 
 from finetune.errors import CheckFailed, InputError, Interrupted
+from finetune.monitor import stop_on_signals
 from finetune.recipes import RECIPES
 from finetune.run_folder import locked
 from finetune.train import train
@@ -105,6 +107,28 @@ class TestBySignal:
         assert f"resume   from {run.checkpoints / f'step-{step:06d}'}" in capfd.readouterr().err
         # A signal leaves no time for the held-out loss that was due at its step.
         assert_same_run(run, straight, skipped_heldout=step)
+
+    def test_one_request_that_arrives_twice_is_one(self, bench, monkeypatch):
+        """A scheduler signals every process of a job, and a launcher passes its own on."""
+
+        def send(trainer):
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+
+        error = stopped_at(bench, monkeypatch, 2, *SETTINGS, action=send)
+        assert isinstance(error, Interrupted)
+        assert bench.run_folder().state()["exit_code"] == 75
+
+    def test_a_second_request_ends_at_once(self, monkeypatch):
+        ended = []
+        monkeypatch.setattr(signal, "raise_signal", ended.append)
+        with stop_on_signals() as flag:
+            flag(signal.SIGTERM, None)
+            assert ended == []
+            monkeypatch.setattr("finetune.monitor.SAME_REQUEST_SECONDS", 0.0)
+            flag(signal.SIGTERM, None)
+        assert ended == [signal.SIGTERM]
 
     def test_a_signal_in_the_last_step_comes_too_late_to_stop_it(
         self, bench, monkeypatch, straight
@@ -229,6 +253,12 @@ class TestWhatIsRefused:
         named = bench.run_folder().checkpoints / "step-000003"
         bench.train(*SETTINGS, f"run.resume={named}")
         assert_same_run(bench.run_folder(), straight)
+
+    def test_a_checkpoint_of_another_number_of_ranks(self, bench, monkeypatch):
+        stopped_at(bench, monkeypatch, 5, *SETTINGS)
+        republish(bench.run_folder().checkpoints / "step-000003", num_ranks=2)
+        with pytest.raises(InputError, match="written by 2 ranks, this launch has 1"):
+            train(bench.load(*SETTINGS))
 
     def test_a_second_process_in_the_folder(self, bench):
         run = bench.run_folder()

@@ -220,9 +220,15 @@ class TestMetricsFile:
         assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
 
 
-def test_a_launch_of_fewer_processes_than_asked_is_refused(bench, monkeypatch):
-    """Two ranks by the launcher's word, one by accelerate's: run.json is not claimed as trained."""
-    monkeypatch.setattr("finetune.train._accelerate_num_processes", lambda: 2)
-    with pytest.raises(InputError, match="asked for 2 processes and started 1"):
-        train(bench.load())
-    assert not bench.run_folder().path.exists()
+class TestLaunch:
+    def test_fewer_processes_than_were_asked_for(self, bench, monkeypatch):
+        monkeypatch.setattr("finetune.train._accelerate_num_processes", lambda: 2)
+        with pytest.raises(InputError, match="asked for 2 processes and started 1"):
+            train(bench.load())
+        assert not bench.run_folder().path.exists()
+
+    def test_a_world_of_two_without_the_other(self, bench, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(InputError, match="WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR"):
+            train(bench.load())
+        assert not bench.run_folder().path.exists()
