@@ -120,15 +120,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a published folder.
 
     Raises:
-        CheckFailed: there is none, or it is not one of ours.
+        CheckFailed: there is none, it is not one of ours, or it is not as it was written.
     """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckFailed(f"{path}: no readable manifest ({error})") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    is_ours = isinstance(manifest, dict) and manifest.keys() == {"facts", "files", "sha256"}
+    if not is_ours or not all(isinstance(manifest[key], dict) for key in ("facts", "files")):
         raise CheckFailed(f"{path}: not a manifest of this toolkit")
+    if manifest["sha256"] != _own_hash(manifest):
+        raise CheckFailed(f"{path}: its content differs from what was published (sha256)")
     return manifest
 
 
@@ -157,10 +160,12 @@ def verify(folder: Path) -> dict[str, Any]:
     return read_manifest(folder)
 
 
-def _file_finding(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+def _file_finding(folder: Path, name: str, entry: Any) -> str | None:
     path = folder / name
     if ".." in Path(name).parts or Path(name).is_absolute():
         return f"{path}: a manifest may not point outside its folder"
+    if not isinstance(entry, Mapping) or entry.keys() != {"bytes", "sha256"}:
+        return f"{path}: the manifest does not say what it holds"
     if not path.is_file():
         return f"{path}: missing"
     if path.stat().st_size != entry["bytes"]:
@@ -176,11 +181,21 @@ def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
         path = folder / name
         _fsync(path)
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    write_json(folder / MANIFEST, {"facts": facts, "files": files})
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            _fsync_folder(path)  # or a crash could lose a name in it, though not its bytes
+    manifest = {"facts": json.loads(json.dumps(facts)), "files": files}
+    write_json(folder / MANIFEST, {**manifest, "sha256": _own_hash(manifest)})
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    return sha256_of_json({key: manifest[key] for key in ("facts", "files")})
 
 
 def _file_names(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    """Everything but folders, links to nowhere included."""
+    found = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    return sorted(p.relative_to(folder).as_posix() for p in found)
 
 
 def _fsync(path: Path) -> None:
