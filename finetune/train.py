@@ -145,7 +145,9 @@ def _accelerate_num_processes() -> int | None:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")
     except (OSError, UnicodeDecodeError):
         return None
-    if not any(Path(word).name in ("accelerate", "accelerate-launch") for word in words[:3]):
+    # accelerate launch …, accelerate-launch …, python -m accelerate.commands.launch …
+    programs = {Path(word).name.split(".")[0] for word in words[:3]}
+    if not programs & {"accelerate", "accelerate-launch"}:
         return None
     for word, following in pairwise(words):
         name, _, value = word.partition("=")
