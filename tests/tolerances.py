@@ -41,3 +41,7 @@ HELDOUT_BATCHES = 2e-8
 HELDOUT_ROWS = 3e-6
 """The loss of one document in batches of 1 to all, relative: no averaging of float32's roundings;
 measured 2.8e-7."""
+
+TWO_RANKS_ADAPTER = 1e-3
+"""An adapter after eight AdamW steps on gradients summed in another order (by gloo), relative to
+the largest entry: Adam divides by the gradient's own size, so small ones amplify the difference."""
