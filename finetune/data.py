@@ -20,7 +20,7 @@ from finetune.errors import InputError
 from finetune.ledger import Ledger
 from finetune.llama.chat import ChatFormat, Rendered
 from finetune.llama.tokenizer import encode_texts
-from finetune.rows import Example, iter_answers, read_examples, refuse
+from finetune.rows import Example, iter_answers, read_examples, read_rows, refuse
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,30 @@ def _refuse_none(finding: str, documents: Sequence[Document], ledger: Ledger) ->
 
 
 def load_heldout(
-    path: Path,
+    source: Source | Path,
     config: RunConfig,
     tokenizer: PreTrainedTokenizerFast,
     chat_format: ChatFormat | None,
 ) -> tuple[list[Document], Ledger]:
-    """One held-out file under a config's rendering, for evaluation."""
-    examples, ledger = _read_side("heldout", [Source(path=str(path))], config.recipe)
+    """One held-out file under a config's rendering, for evaluation.
+
+    Args:
+        source: a source of the config; or any file, in one of the formats or with the columns of
+            the config's own rows.
+    """
+    if isinstance(source, Path):
+        source = _like_the_runs_own(source, config.data)
+    examples, ledger = _read_side("heldout", [source], config.recipe)
     return _documents(examples, config.data, tokenizer, chat_format, ledger), ledger
+
+
+def _like_the_runs_own(path: Path, data: DataSection) -> Source:
+    """A file under the run's column names, where it has them."""
+    for source in (*data.heldout, *data.train):
+        names = set((source.columns or {}).values())
+        if names and names <= set(read_rows(path)[0][1]):
+            return source.model_copy(update={"path": str(path)})
+    return Source(path=str(path))
 
 
 def _read_side(name: str, sources: Sequence[Source], recipe: str) -> tuple[list[Example], Ledger]:

@@ -115,8 +115,8 @@ def _proof_documents(run: RunFolder, base: Base) -> list[Document]:
     """Held-out documents, or training ones where the run has none held out."""
     config = run.config()
     if config.data.heldout:
-        path = Path(config.data.heldout[0].path)
-        documents, _ = load_heldout(path, config, base.tokenizer, base.chat_format)
+        source = config.data.heldout[0]
+        documents, _ = load_heldout(source, config, base.tokenizer, base.chat_format)
         if documents:
             return documents[:NUM_ROWS]
     data = load_data(config, base.tokenizer, base.chat_format)

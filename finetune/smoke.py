@@ -2,21 +2,25 @@
 
 What stays: every setting of adapter, data handling and optimisation, and the base's family (RoPE
 and its scaling, GQA ratio, norm, tied or untied head, quantisation). What is replaced, aloud: the
-weights and their size, the number of steps, and rows or tokenizer where the config's are absent.
+weights and their size, the number of steps, all but the first rows, and rows or tokenizer where
+the config's are absent.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from finetune.config import RunConfig
+from finetune.config.data import Source
 from finetune.config.loader import Loaded
 from finetune.errors import InputError
 from finetune.llama.architecture import HUB_IDS, Architecture, architecture_of, scaled_down
+from finetune.rows import read_rows
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "llama-nano"
 NUM_STEPS = 2
@@ -79,32 +83,39 @@ def smoke_config(loaded: Loaded, scratch: Path) -> Loaded:
 
 
 def _data_values(config: RunConfig, scratch: Path) -> dict[str, Any]:
-    """Rows of the config where they exist, else embedded ones."""
-    values: dict[str, Any] = {
-        "max_length": min(config.data.max_length, MAX_LENGTH),
-        "heldout_fraction": None,
-    }
+    """The first rows of the config's files where they exist, else embedded ones."""
+    values: dict[str, Any] = {"heldout_fraction": None}
     if config.recipe != "pretrain":
         values["chat_format"] = (
             "nano" if _tokenizer_of(config) == ASSETS else config.data.chat_format
         )
     for side in ("train", "heldout"):
-        sources = [source.path for source in getattr(config.data, side)]
-        present = [path for path in sources if Path(path).is_file()]
-        if sources and present == sources:
-            values[side] = [source.model_dump() for source in getattr(config.data, side)]
+        sources: tuple[Source, ...] = getattr(config.data, side)
+        if sources and all(Path(source.path).is_file() for source in sources):
+            values[side] = [_first_rows(s, scratch / f"{side}-{i}") for i, s in enumerate(sources)]
             continue
-        _say(f"smoke    data.{side}: uses embedded rows instead of {sources or 'none'}")
+        named = ", ".join(source.path for source in sources) or "none"
+        _say(f"smoke    data.{side}: uses embedded rows instead of {named}")
         values[side] = [{"path": str(_embedded_rows(config.recipe, side, scratch))}]
+        if side == "train":  # embedded rows are short; the user's own may need every token
+            values["max_length"] = min(config.data.max_length, MAX_LENGTH)
     return values
+
+
+def _first_rows(source: Source, target: Path) -> dict[str, Any]:
+    """The source, cut to its first rows: the whole file is read, and refused if a line is bad."""
+    rows = read_rows(Path(source.path))
+    _say(f"smoke    {source.path}: the first {min(NUM_ROWS, len(rows))} of {len(rows):,} rows")
+    path = target.with_suffix(".jsonl")
+    lines = [json.dumps(row, ensure_ascii=False) for _, row in rows[:NUM_ROWS]]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {**source.model_dump(), "path": str(path)}
 
 
 def _embedded_rows(recipe: str, side: str, scratch: Path) -> Path:
     source = ASSETS / "data" / f"{side}.jsonl"
     lines = source.read_text(encoding="utf-8").splitlines()[:NUM_ROWS]
     if recipe == "pretrain":
-        import json
-
         rows = [json.loads(line)["messages"] for line in lines]
         lines = [json.dumps({"text": " ".join(m["content"] for m in row)}) for row in rows]
     target = scratch / f"{side}.jsonl"
