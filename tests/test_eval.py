@@ -108,6 +108,26 @@ class TestNumbers:
         assert result["loss"] == pytest.approx(evaluate(capsys, run.path)[1]["loss"], abs=1e-5)
         assert evaluate(capsys, folder)[0] == 2
 
+    def test_columns_of_the_users_own_are_read_everywhere(self, bench, capsys):
+        """The proof of a merge and `--data` read files as training did."""
+        rows = [r["messages"] for r in embedded_rows("heldout", 30) if len(r["messages"]) == 2]
+        named = [{"q": q["content"], "a": a["content"]} for q, a in rows]
+        settings = []
+        for side, path, part in (
+            ("train", bench.train_file, named[4:]),
+            ("heldout", bench.heldout_file, named[:4]),
+        ):
+            write_rows(path, part)
+            columns = "columns: {prompt: q, completion: a}"
+            settings.append(f"data.{side}=[{{path: {path}, {columns}}}]")
+        run = bench.train(*settings, "train.max_steps=1")
+        assert merge(run)["proof"]["rows"] == 4
+        own = evaluate(capsys, run.path)[1]
+        same = evaluate(capsys, run.path, "--data", bench.heldout_file)[1]
+        standard = [{"prompt": q["content"], "completion": a["content"]} for q, a in rows[:4]]
+        path = write_rows(bench.folder / "standard.jsonl", standard)
+        assert own["loss"] == same["loss"] == evaluate(capsys, run.path, "--data", path)[1]["loss"]
+
 
 class TestAnswers:
     @pytest.fixture(scope="class")
