@@ -169,14 +169,14 @@ def _result(scores: Sequence[Scores]) -> dict[str, Any]:
     if len(scores) > 1:
         result["against"] = [other.as_json() for other in scores[1:]]
     if len(scores) > 1 and scores[0].answers:
-        result["same_text"] = {
-            other.name: sum(
-                a.written == b.written
-                for a, b in zip(scores[0].answers, other.answers, strict=True)
-            )
-            for other in scores[1:]
-        }
+        result["same_text"] = {other.name: _same_text(scores[0], other) for other in scores[1:]}
     return result
+
+
+def _same_text(first: Scores, other: Scores) -> int:
+    """Rows on which two models wrote the same, to the letter."""
+    pairs = zip(first.answers, other.answers, strict=True)
+    return sum(a.written == b.written for a, b in pairs)
 
 
 def _save(run: RunFolder, result: dict[str, Any], data: Path | None) -> None:
@@ -204,6 +204,9 @@ def table(scores: Sequence[Scores]) -> str:
         rows.append(["loss", *(f"{s.heldout.loss:.4f}" for s in scores if s.heldout)])
         rows.append(["perplexity", *(f"{s.heldout.perplexity:.2f}" for s in scores if s.heldout)])
     if all(s.answers for s in scores):
+        if len(scores) > 1:
+            others = [f"{_same_text(scores[0], s)}/{len(s.answers)}" for s in scores[1:]]
+            rows.append([f"same text as {scores[0].name}", "", *others])
         rows.append(["exact match", *(_share(_overall(s)) for s in scores)])
         for column in GROUP_COLUMNS:
             groups = [s.by_group(column) for s in scores]

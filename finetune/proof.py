@@ -165,7 +165,7 @@ def _error_in_ulps(found: torch.Tensor, layer: Any) -> float:
     expected = dequantized(layer.get_base_layer()).double() + delta
     limits = torch.finfo(found.dtype)
     _, exponent = torch.frexp(expected.abs().clamp(min=limits.smallest_normal))
-    last_place = torch.ldexp(torch.tensor(limits.eps / 2, dtype=torch.float64), exponent)
+    last_place = torch.ldexp(torch.full_like(expected, limits.eps / 2), exponent)
     slack = UPDATE_ROUNDING * delta.abs().max()
     return float((((found.double() - expected).abs() - slack) / last_place).max())
 
