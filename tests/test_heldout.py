@@ -14,7 +14,7 @@ from tolerances import HELDOUT_BATCHES, HELDOUT_REFERENCE, HELDOUT_ROWS
 
 from finetune.data import Document
 from finetune.errors import CannotContinue, InputError
-from finetune.fast.loss import IGNORED
+from finetune.fast.loss import IGNORED, pack, token_losses
 from finetune.heldout import HeldoutLoss, evaluating, score, score_rows, total_of
 from finetune.rows import Example
 
@@ -92,10 +92,17 @@ def test_the_shares_of_ranks_add_up_to_the_whole(tiny_llama, num_ranks):
     assert together.loss_sum == pytest.approx(whole.loss_sum, rel=HELDOUT_BATCHES)
 
 
-def test_sums_are_in_float64():
+def test_sums_are_in_float64(tiny_llama):
     """A plain sum would lose the small losses beside the large, or the tenth's last digits."""
-    rows = [(0.1, 1)] * 1000 + [(1e16, 1), (-1e16, 1)]
+    rows = [(1e16, 1), *[(0.1, 1)] * 1000, (-1e16, 1)]
     assert total_of(rows).loss_sum == pytest.approx(100, rel=1e-15)
+    ids = [n * 37 % 1024 for n in range(2000)]
+    long = Document(Example("long"), ids, [True] * 2000)
+    with torch.no_grad():
+        losses = token_losses(tiny_llama(), pack([(ids, long.train_mask)])).tolist()
+    assert score(tiny_llama(), [long], 1, CPU).loss_sum == pytest.approx(
+        math.fsum(losses), rel=1e-14
+    )
     assert total_of(rows).as_json() == {
         "loss": 100 / 1002,
         "perplexity": math.exp(100 / 1002),
