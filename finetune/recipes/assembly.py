@@ -114,6 +114,7 @@ def engine_arguments(parts: Parts) -> dict[str, Any]:
         "save_steps": train.save_steps,
         "report_to": train.report_to,
         "disable_tqdm": True,
+        "log_level_replica": "error",
         "average_tokens_across_devices": True,
         "ddp_find_unused_parameters": False,
         "remove_unused_columns": False,
