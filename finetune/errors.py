@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -89,7 +90,12 @@ def run_command(command: Callable[[list[str]], int | None], argv: Sequence[str])
     args = [arg for arg in argv if arg != "--debug"]
     debug = len(args) != len(argv)
     try:
-        return command(args) or 0
+        code = command(args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (FinetuneError, KeyboardInterrupt, Exception) as error:
         if debug:
             traceback.print_exc()
