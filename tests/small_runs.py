@@ -154,14 +154,16 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     )
 
 
-def relative_difference(
-    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]
-) -> dict[str, float]:
-    """For each tensor: the largest difference, over the largest entry."""
+def relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The norm of the difference of all tensors together, over the norm of the first."""
     assert set(one) == set(other)
-    return {
-        name: float((one[name] - other[name]).abs().max() / one[name].abs().max()) for name in one
-    }
+    difference = torch.cat([(one[name] - other[name]).double().flatten() for name in one])
+    return float(difference.norm() / torch.cat([t.double().flatten() for t in one.values()]).norm())
+
+
+def worst_tensor(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The same for each tensor alone; the largest."""
+    return max(relative_difference({n: one[n]}, {n: other[n]}) for n in one)
 
 
 def flip_bit(path: Path, place: float = 0.9) -> None:

@@ -181,7 +181,7 @@ class TestWhatIsRefused:
         self.refused(bench, folder, "the tokenizer has 1024 ids, the model 1000")
 
     def test_a_hub_id_that_is_not_in_the_cache_of_an_offline_machine(self, bench, monkeypatch):
-        monkeypatch.setattr("finetune.model.OFFLINE_BY_CHOICE", True)
+        monkeypatch.setattr("finetune.hub.OFFLINE_BY_CHOICE", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         self.refused(
             bench, "meta-llama/Llama-3.2-1B-Instruct", r"HF_HUB_OFFLINE is set.*local folder"

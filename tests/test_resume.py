@@ -212,6 +212,30 @@ class TestByKill:
         weights = [load_file(r.model / "model.safetensors") for r in (run, straight)]
         assert same_bits(*weights)
 
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            ("train.optim=sgd", "train.bf16=true", "train.lr_scheduler_type=inverse_sqrt"),
+            ("train.optim=adamw_8bit", "base.quantization=nf4", "base.dtype=bfloat16"),
+            ("train.optim=paged_adamw_32bit", "train.activation_checkpointing=true"),
+        ],
+        ids=lambda settings: settings[0],
+    )
+    def test_other_optimizers_and_precisions_go_on_as_well(self, bench, monkeypatch, settings):
+        if "8bit" in settings[0] or "paged" in settings[0]:
+            pytest.importorskip("bitsandbytes", reason="its optimizers and quantised bases")
+        settings = (
+            "train.max_steps=5",
+            "train.save_steps=2",
+            "adapter.lora_dropout=0.1",
+            *settings,
+        )
+        straight = bench.train(*settings, "run.name=straight")
+        stopped_at(bench, monkeypatch, 3, *settings)
+        run = bench.train(*settings)
+        assert losses(run) == losses(straight)
+        assert same_bits(adapter_tensors(run), adapter_tensors(straight))
+
 
 class TestWhatIsRefused:
     def test_another_config_names_every_key(self, bench, monkeypatch):

@@ -122,6 +122,31 @@ class TestNonFinite:
             train(bench.load(f"base.path={tmp_path / 'nan'}"))
 
 
+@pytest.mark.parametrize(
+    ("error", "state", "code"),
+    [
+        (KeyboardInterrupt(), "interrupted", 75),
+        (OSError(28, "No space left on device"), "failed", 4),
+        (MemoryError(), "failed", 4),
+        (ZeroDivisionError(), "failed", 1),
+    ],
+)
+def test_run_json_says_how_a_run_ended_before_its_first_step(
+    bench, monkeypatch, error, state, code
+):
+    def end(*_):
+        raise error
+
+    monkeypatch.setattr("finetune.stages.prepare_model", end)
+    with pytest.raises(type(error)):
+        train(bench.load())
+    found = bench.run_folder().state()
+    assert (found["state"], found["exit_code"]) == (state, code)
+    assert found["reason"]
+    monkeypatch.undo()
+    assert bench.train("train.max_steps=4").is_finished
+
+
 class TestWhatARunWrites:
     def test_every_file_of_the_contract(self, bench):
         run = bench.train(*SHORT, "train.eval_steps=3")

@@ -16,6 +16,7 @@ from small_runs import (
     relative_difference,
     step_lines,
     trainer_of,
+    worst_tensor,
     write_rows,
 )
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -77,6 +78,11 @@ def whole(tmp_path_factory, small_base):
     return first_step(bench.load(*ONE_STEP, "train.per_device_train_batch_size=8"))
 
 
+def assert_same_gradients(expected, found):
+    assert relative_difference(expected, found) <= tolerances.SUM_ORDER_FLOAT32
+    assert worst_tensor(expected, found) <= 3 * tolerances.SUM_ORDER_FLOAT32
+
+
 class TestAccumulation:
     @pytest.mark.parametrize(("size", "accumulated"), [(4, 2), (2, 4), (1, 8)])
     def test_the_gradients_do_not_depend_on_how_a_step_is_cut(
@@ -90,7 +96,7 @@ class TestAccumulation:
         )
         trainer, found = first_step(loaded)
         assert len({len(d.input_ids) for d in trainer.ours.train}) > 4
-        assert max(relative_difference(expected, found).values()) <= tolerances.SUM_ORDER_FLOAT32
+        assert_same_gradients(expected, found)
         assert trainer.step_loss == pytest.approx(expected_trainer.step_loss, rel=1e-6)
         assert trainer.step_tokens == expected_trainer.step_tokens
 
@@ -107,14 +113,14 @@ class TestAccumulation:
         trainer, found = first_step(loaded)
         assert sum(len(pack) > 1 for pack in trainer.ours.plan.packs) > 0
         assert len(trainer.ours.plan.packs) <= 2, "the step holds every row"
-        assert max(relative_difference(whole[1], found).values()) <= tolerances.SUM_ORDER_FLOAT32
+        assert_same_gradients(whole[1], found)
 
     def test_recomputed_activations_give_the_same_gradients(self, bench, whole):
         loaded = with_rows(bench, 8).load(
             *ONE_STEP, "train.per_device_train_batch_size=8", "train.activation_checkpointing=true"
         )
         _, found = first_step(loaded)
-        assert max(relative_difference(whole[1], found).values()) <= tolerances.SUM_ORDER_FLOAT32
+        assert_same_gradients(whole[1], found)
 
     def test_a_micro_batch_without_trained_tokens_adds_nothing(self, bench):
         """Three rows, four micro-batches: the fourth is filled up and trains nothing."""
@@ -130,7 +136,7 @@ class TestAccumulation:
         )
         micro_batches = list(filled[0].ours.plan.epoch(0, 0, 0))
         assert [batch for batch in micro_batches if batch == [-1]], "none was filled"
-        assert max(relative_difference(alone[1], filled[1]).values()) <= 1e-6
+        assert_same_gradients(alone[1], filled[1])
         assert filled[0].step_loss == pytest.approx(alone[0].step_loss, rel=1e-6)
 
     def test_a_step_without_any_trained_token_is_finite_and_still(self, bench):
@@ -161,8 +167,7 @@ class TestPrecision:
             *ONE_STEP, "train.per_device_train_batch_size=8", "train.bf16=true"
         )
         trainer, found = first_step(loaded)
-        differences = relative_difference(whole[1], found)
-        assert 1e-5 < max(differences.values()) < tolerances.BFLOAT16_GRADIENT
+        assert 1e-4 < worst_tensor(whole[1], found) < tolerances.BFLOAT16_GRADIENT
         assert trainer.step_loss == pytest.approx(whole[0].step_loss, rel=1e-2)
         assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
@@ -173,7 +178,7 @@ class TestPrecision:
         trainer, found = first_step(loaded)
         types = {p.requires_grad: p.dtype for p in trainer.model.parameters()}
         assert types == {True: torch.float32, False: torch.bfloat16}
-        assert max(relative_difference(whole[1], found).values()) < tolerances.BFLOAT16_GRADIENT
+        assert 1e-4 < worst_tensor(whole[1], found) < tolerances.BFLOAT16_GRADIENT
         frequencies = [b for n, b in trainer.model.named_buffers() if "inv_freq" in n]
         assert frequencies and {b.dtype for b in frequencies} == {torch.float32}
 
