@@ -233,5 +233,16 @@ def _barrier() -> None:
     PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
 
 
+def leave_ranks() -> None:
+    """Ends the process group together, once the first rank has written all there is to write.
+
+    The launcher takes a rank that ends before the others, or aborts because threads of the group
+    are still there when it exits, for a failure, and ends the first rank where it stands.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr)

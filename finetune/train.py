@@ -32,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
     if args.smoke:
         from finetune.smoke import run_smoke
 
+        if num_ranks() > 1:
+            raise InputError(f"--smoke runs in one process; this launch has {num_ranks()}")
         return run_smoke(loaded)
     return train(loaded)
 
@@ -50,11 +52,18 @@ def train(loaded: Loaded) -> int:
     if run.is_finished:
         _say(f"run      {run.path} is finished; nothing to do")
         return 0
-    with contextlib.ExitStack() as stack:
-        if is_first_rank():
-            stack.enter_context(locked(run))
-            stack.enter_context(_state_recorded(run))
-        _train(loaded, run)
+    from finetune.stages import leave_ranks
+
+    try:
+        with contextlib.ExitStack() as stack:
+            if is_first_rank():
+                stack.enter_context(locked(run))
+                stack.enter_context(_state_recorded(run))
+            _train(loaded, run)
+    except Interrupted:
+        leave_ranks()
+        raise
+    leave_ranks()
     return 0
 
 
