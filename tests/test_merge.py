@@ -328,10 +328,10 @@ class TestProof:
         assert "the merge proof failed, nothing is published" in capsys.readouterr().err
         assert published(run) == []
 
-    @pytest.mark.parametrize("rate", [1e-2, 1e-4], ids=["large updates", "small updates"])
     @pytest.mark.parametrize("name", MUTATIONS)
-    def test_every_matrix_is_wrong(self, copy, types, monkeypatch, capsys, name, rate):
-        run = copy(f"base.dtype={types[0]}", f"train.learning_rate={rate}")
+    def test_every_matrix_is_wrong(self, copy, types, monkeypatch, capsys, name):
+        """Where updates are small, most entries of a low precision round to what they were."""
+        run = copy(f"base.dtype={types[0]}", "train.learning_rate=1e-4")
         monkeypatch.setattr(merging.Update, "apply", self.MUTATIONS[name])
         self.refused(run, types[1], capsys)
 

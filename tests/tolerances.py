@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 SUM_ORDER_FLOAT32 = 1e-6
-"""The same float32 sum in another order, relative to the largest entry of a tensor."""
+"""Gradients of one step cut into micro-batches in other ways, packed or recomputed: the norm of the
+difference, relative; measured 4.4e-7 (a single tensor: 8.0e-7). A mean of means: above 1e-2."""
 
 BFLOAT16_GRADIENT = 0.1
-"""A gradient through bfloat16 products (8 bits of mantissa), relative to its largest entry."""
+"""The gradient of one tensor through bfloat16 products (8 bits of mantissa) against float32: the
+norm of the difference, relative; measured 2.7e-2."""
 
 MERGED_LOGITS_FLOAT32 = 1e-4
-"""Logits of W + s·B·A against W and B·A apart, in float32; logits themselves are about 1."""
+"""Logits of W + s·B·A against W and B·A apart, in float32, where logits are about 1 to 2; measured
+1.1e-5. Trained against not: above 0.1."""
 
 MERGED_KL_LOW_PRECISION = 5e-3
-"""Nats a token between attached and merged, where the merged weights are rounded to 8 bits."""
+"""Nats a token between attached and merged, where the merged weights are rounded to the type;
+measured 2.6e-4 in bfloat16, 4.1e-6 in float16."""
 
 PACKED_FLOAT32 = 2e-5
 """Logits and gradients of packed documents against each alone, relative to the largest entry;
@@ -42,6 +46,6 @@ HELDOUT_ROWS = 3e-6
 """The loss of one document in batches of 1 to all, relative: no averaging of float32's roundings;
 measured 2.8e-7."""
 
-TWO_RANKS_ADAPTER = 1e-3
-"""An adapter after eight AdamW steps on gradients summed in another order (by gloo), relative to
-the largest entry: Adam divides by the gradient's own size, so small ones amplify the difference."""
+TWO_RANKS_ADAPTER = 2e-5
+"""A tensor of an adapter after eight AdamW steps on gradients summed in another order, by gloo: the
+norm of the difference, relative; measured 1.0e-6, the losses of the steps 5.5e-8."""

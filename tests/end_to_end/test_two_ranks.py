@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import tolerances
@@ -33,10 +37,14 @@ RANKS = ("train.per_device_train_batch_size=1", "train.gradient_accumulation_ste
 ONE = ("train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2")
 
 
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
+TWO = ("--multi_gpu", "--num_processes", "2", "finetune/train.py")
+
+
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`accelerate launch …` from the repository's root, as the README has it."""
     return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *arguments],
+        [*LAUNCH, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -47,8 +55,7 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def launch_two(bench, *overrides: str) -> subprocess.CompletedProcess[str]:
     config = str(bench.config_file)
-    two = ("--multi_gpu", "--num_processes", "2", "finetune/train.py")
-    return launch(*two, config, *SETTINGS, *RANKS, *overrides)
+    return launch(*TWO, config, *SETTINGS, *RANKS, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +145,39 @@ def test_one_rank_does_not_go_on_for_two(bench, two):
     with pytest.raises(InputError, match="written by 2 ranks, this launch has 1"):
         train(bench.load(*SETTINGS, *RANKS, "run.name=fewer"))
     assert run.state()["exit_code"] == 2
+
+
+def rank_of(pid: str) -> str | None:
+    """The RANK a training process was started with."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    ranks = [v.removeprefix(b"RANK=").decode() for v in variables if v.startswith(b"RANK=")]
+    return ranks[0] if ranks and b"finetune/train.py" in words else None
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
+def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(bench):
+    run = bench.run_folder("run.name=signalled")
+    settings = [s for s in SETTINGS if "max_steps" not in s and "save" not in s]
+    overrides = (*settings, *RANKS, "train.max_steps=5000", "train.save_steps=5000")
+    command = [*LAUNCH, *TWO, str(bench.config_file), *overrides, "run.name=signalled"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as launcher:
+        while not (run.metrics.exists() and run.metrics.read_text().count("\n") >= 3):
+            assert launcher.poll() is None, launcher.stderr.read()
+            time.sleep(0.05)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        ranks = {rank_of(pid): int(pid) for pid in children}
+        os.kill(ranks["1"], signal.SIGTERM)
+        _, said = launcher.communicate(timeout=120)
+    assert launcher.returncode != 0
+    state = run.state()
+    assert (state["state"], state["exit_code"]) == ("interrupted", 75), said
+    stopped = len(losses(run))
+    assert [path.name for path in run.checkpoints.glob("step-*")] == [f"step-{stopped:06d}"]
+    assert artifact.findings_of(run.checkpoints / f"step-{stopped:06d}") == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs the launcher starts both")
