@@ -26,6 +26,7 @@ from finetune.adapters import ADAPTER_FILES
 from finetune.errors import CheckFailed, InputError
 from finetune.llama.tokenizer import save_tokenizer
 from finetune.model import (
+    DTYPES,
     Base,
     find_base,
     weight_files,
@@ -34,7 +35,6 @@ from finetune.model import (
 from finetune.proof import prove
 from finetune.run_folder import RunFolder, find_run
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PREFIX = "base_model.model."
 
 

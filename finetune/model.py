@@ -44,7 +44,7 @@ from finetune.llama.meta_format import cached_import
 from finetune.llama.tokenizer import load_tokenizer, save_tokenizer
 
 logging.disable_progress_bar()
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def load_model(base: Base, section: BaseSection, device: torch.device) -> LlamaF
         CannotContinue: not enough memory.
     """
     settings: dict[str, object] = {
-        "dtype": _DTYPES[section.dtype],
+        "dtype": DTYPES[section.dtype],
         "attn_implementation": register(),
         "use_safetensors": True,
         "local_files_only": True,
@@ -283,7 +283,7 @@ def quantization_config(section: BaseSection) -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type=section.quantization,
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=_DTYPES[section.dtype],
+        bnb_4bit_compute_dtype=DTYPES[section.dtype],
     )
 
 
@@ -308,7 +308,7 @@ def _write_random_base(config: RunConfig, folder: Path) -> None:
     architecture = architecture_of(section.architecture)
     tokenizer = load_tokenizer(Path(section.tokenizer))
     set_seed(config.run.seed)
-    model = LlamaForCausalLM(to_llama_config(architecture, "float32")).to(_DTYPES[section.dtype])
+    model = LlamaForCausalLM(to_llama_config(architecture, "float32")).to(DTYPES[section.dtype])
     with artifact.staged(folder, {"base": "random weights", "seed": config.run.seed}) as stage:
         model.save_pretrained(str(stage))
         save_tokenizer(tokenizer, stage)
