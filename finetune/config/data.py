@@ -65,8 +65,18 @@ class DataSection(Section):
     date_string: Text = "26 Jul 2024"
     """The date that formats with a date print (Llama 3.1, 3.2): never the clock."""
 
-    chat_format: Literal["auto", "nano", "llama2", "llama3", "llama3.1", "llama3.2"] = "auto"
-    """Prompt format; `auto` takes the one that belongs to the base."""
+    chat_format: Literal[
+        "auto",
+        "nano",
+        "llama2",
+        "llama3",
+        "llama3.1",
+        "llama3.2",
+        "llama3.3",
+        "llama3.1-verbatim",
+    ] = "auto"
+    """Prompt format; `auto` takes the one that belongs to the base. `llama3.1-verbatim` writes
+    contents as they are, without dates, in any order of turns."""
 
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 2048
     """Longest example, and length of a pack, in tokens."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import re
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 from chat_reference import DATE, Case, case_files, reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from finetune.config import DataSection
 from finetune.errors import InputError
 from finetune.llama import chat
 from finetune.llama.tokenizer import encode_text
@@ -162,50 +164,6 @@ def test_the_date_is_the_one_given(case):
     assert (rendered[0] != rendered[1]) == dated
 
 
-PAGES = ("llama3_1_prompt_format.md", "llama3_2_text_prompt_format.md")
-
-
-def plain_chats(page: str) -> list[str]:
-    """Prompt and answer of every example on a page that is a plain chat."""
-    blocks = re.findall(
-        r"Input Prompt Format\n```\n(.*?)\n```\s*#+ Model Response Format\n```\n(.*?)\n```",
-        page,
-        re.S,
-    )
-    chats = [prompt.rstrip("\n") + "\n\n" + answer for prompt, answer in blocks]
-    foreign = ("<|python_tag|>", "ipython")
-    return [c for c in chats if c.endswith("<|eot_id|>") and not any(f in c for f in foreign)]
-
-
-def parsed(chat_text: str) -> list[dict[str, str]]:
-    turn = r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n\n(.*?)<\|eot_id\|>"
-    return [{"role": r, "content": c} for r, c in re.findall(turn, chat_text, re.S)]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_metas_pages_are_rendered_to_the_letter(page, case_of, shared):
-    case = case_of("llama3")
-    chats = plain_chats(shared(f"facts/prompt_formats/{page}").read_text())
-    assert len(chats) >= 1
-    for text in chats:
-        messages = parsed(text)
-        assert [m["role"] for m in messages][-2:] == ["user", "assistant"]
-        official = case.encoding.encode(text, allowed_special="all")
-        assert case.render(messages).input_ids == official
-        has_system = messages[0]["role"] == "system"
-        dates = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\n"
-        system = "<|start_header_id|>system<|end_header_id|>\n\n"
-        start = "<|begin_of_text|>" + system
-        dated = (
-            text.replace(start, start + dates, 1)
-            if has_system
-            else text.replace("<|begin_of_text|>", start + dates + "<|eot_id|>", 1)
-        )
-        assert case_of("llama3.1").render(messages).input_ids == case.encoding.encode(
-            dated, allowed_special="all"
-        )
-
-
 def turns(*roles: str) -> list[dict[str, str]]:
     return [{"role": role, "content": "x"} for role in roles]
 
@@ -257,7 +215,12 @@ def test_formats_are_told_apart_by_tokens_and_rope_scaling(case_of):
     }
     assert found == {"nano": "nano", "llama2-small": "llama2", "llama3-small": "llama3"}
     assert chat.detect_format(case_of("llama3-small").tokenizer, 8.0).name == "llama3.1"
-    assert chat.FORMATS["llama3.2"] is chat.FORMATS["llama3.1"]
+    assert chat.detect_format(case_of("llama3-small").tokenizer, 32.0).name == "llama3.2"
+
+
+def test_a_config_allows_every_format_there_is():
+    allowed = get_args(DataSection.model_fields["chat_format"].annotation)
+    assert set(allowed) == {"auto", *chat.FORMATS}
 
 
 STOPS = {
