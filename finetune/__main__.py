@@ -17,11 +17,14 @@ VERBS: dict[str, tuple[str, str, str]] = {
     ),
     "eval": ("finetune.eval", "main", "held-out loss and exact match of a run's models"),
     "merge": ("finetune.merge", "main", "the adapter into full weights, with a proof"),
+    "export": ("finetune.export", "main", "full weights in Meta's layout"),
+    "plan": ("finetune.plan", "main", "parameters and memory of a config, before anything loads"),
     "generate": ("finetune.generate", "main", "text from a run or a model folder"),
     "chat": ("finetune.generate", "main_chat", "the same, as a conversation"),
     "import": ("finetune.llama.meta_format", "main", "a Meta checkpoint to a Hugging Face folder"),
     "arch": ("finetune.llama.architecture", "main", "the documented architectures"),
     "tokenize": ("finetune.llama.tokenizer", "main", "ids and pieces of a text"),
+    "train-tokenizer": ("finetune.train_tokenizer", "main", "a new SentencePiece tokenizer"),
     "verify": ("finetune.verify", "main", "compare a folder with its manifest"),
     "doctor": ("finetune.doctor", "main", "what this machine can run"),
 }
@@ -44,7 +47,7 @@ def _run_verb(verb: str, args: list[str]) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {verb:<10} {what}" for verb, (_, _, what) in VERBS.items()]
+    lines = [f"  {verb:<15} {what}" for verb, (_, _, what) in VERBS.items()]
     head = "usage: python -m finetune VERB … [--debug]     (each verb has --help)"
     return "\n".join([head, "", *lines])
 

@@ -18,8 +18,8 @@ from typing import Any
 from finetune.config import RunConfig
 from finetune.config.data import Source
 from finetune.config.loader import Loaded
-from finetune.errors import InputError
-from finetune.llama.architecture import HUB_IDS, Architecture, architecture_of, scaled_down
+from finetune.llama.architecture import HUB_IDS, Architecture, scaled_down
+from finetune.plan import architecture_of_base
 from finetune.rows import read_rows
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "llama-nano"
@@ -124,28 +124,10 @@ def _embedded_rows(recipe: str, side: str, scratch: Path) -> Path:
 
 
 def _architecture_of(config: RunConfig) -> Architecture:
-    base = config.base
-    if base.architecture is not None:
-        return architecture_of(base.architecture)
-    assert base.path is not None
-    folder = Path(base.path)
-    if (folder / "config.json").is_file():
-        from finetune.model import read_architecture
-
-        return read_architecture(folder)
-    if (folder / "params.json").is_file():
-        from finetune.artifact import read_json
-        from finetune.llama.architecture import from_params_json
-
-        vocab_size = _vocabulary_size(_tokenizer_of(config))
-        return from_params_json(read_json(folder / "params.json"), vocab_size=vocab_size)
-    if base.path in HUB_IDS:
-        _say(f"smoke    {base.path} is {HUB_IDS[base.path]}: a small random Llama of that family")
-        return architecture_of(HUB_IDS[base.path])
-    raise InputError(
-        f"base.path {base.path}: neither a folder nor a documented hub id; --smoke does not know "
-        "which small Llama to stand in for it"
-    )
+    path = config.base.path
+    if path is not None and path in HUB_IDS and not Path(path).exists():
+        _say(f"smoke    {path} is {HUB_IDS[path]}: a small random Llama of that family")
+    return architecture_of_base(config)
 
 
 def _tokenizer_of(config: RunConfig) -> Path:

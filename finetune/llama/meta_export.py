@@ -33,7 +33,12 @@ _TABLES = "rotary_emb.inv_freq"  # old folders store RoPE's table; it follows fr
 
 
 def export_checkpoint(
-    hf_folder: Path, out: Path, num_shards: int = 1, *, embedding_split: int | None = None
+    hf_folder: Path,
+    out: Path,
+    num_shards: int = 1,
+    *,
+    embedding_split: int | None = None,
+    tokenizer: Path | None = None,
 ) -> None:
     """Converts a Hugging Face folder to Meta's layout: the inverse of `import_checkpoint`.
 
@@ -43,6 +48,7 @@ def export_checkpoint(
         num_shards: number of consolidated.NN.pth files.
         embedding_split: how the embedding is cut; by default as the tokenizer's family does
             (`BY_COLUMNS` for SentencePiece, Llama 1 and 2; `BY_ROWS` for tiktoken, Llama 3).
+        tokenizer: the original tokenizer file, where the folder does not hold it.
 
     Raises:
         InputError: not a Llama that Meta's layout can express, or not cut evenly so.
@@ -52,7 +58,7 @@ def export_checkpoint(
     if num_shards < 1:
         raise InputError(f"num_shards: {num_shards} is not allowed; it must be at least 1")
     arch = from_llama_config(artifact.read_json(hf_folder / "config.json"))
-    tokenizer_path = _exportable_tokenizer(hf_folder)
+    tokenizer_path = tokenizer or _exportable_tokenizer(hf_folder)
     if embedding_split is None:
         embedding_split = _family_split(tokenizer_path)
     weights = list(weights_of(arch, num_shards, embedding_split))

@@ -21,10 +21,16 @@ MUTATIONS = {
         "tests/llama/test_chat.py",
     ),
     "end of turn not trained": (
-        "finetune/llama/chat.py",
-        '        yield Segment("</s>", control=True, turn=turn)\n\n\ndef _llama2',
-        '        yield Segment("</s>", control=True)\n\n\ndef _llama2',
+        "finetune/llama/segments.py",
+        '        yield Segment("</s>", True, index, is_answer)\n\n\ndef llama2',
+        '        yield Segment("</s>", control=True)\n\n\ndef llama2',
         "tests/llama/test_chat.py",
+    ),
+    "a tool's result trained": (
+        "finetune/llama/segments.py",
+        '    is_answer = role == "assistant"\n    yield from header(',
+        '    is_answer = role in ("assistant", "tool")\n    yield from header(',
+        "tests/llama/test_chat_tools.py",
     ),
     "labels shifted twice": (
         "finetune/fast/loss.py",

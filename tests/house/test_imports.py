@@ -29,7 +29,7 @@ LINES = (
     "trainer inference",
     "recipes monitor scoring proof",
     "stages",
-    "train generate merge export report doctor verify",
+    "train generate merge export report doctor verify train_tokenizer",
     "eval",
     "smoke",
     "__main__",
@@ -39,7 +39,7 @@ LEVELS = {name: level for level, line in enumerate(LINES) for name in line.split
 # `train --smoke` hands over to smoke, which runs train and the verbs after it.
 ALLOWED_UPWARDS = {("train", "smoke")}
 
-LIGHT = {"errors", "artifact", "config", "run_folder", "rows", "ledger", "report"}
+LIGHT = {"errors", "artifact", "config", "run_folder", "rows", "ledger", "plan", "report"}
 WITHOUT_TORCH = sorted(LIGHT | {name for name in LEVELS if name.startswith("llama.")})
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
 
