@@ -1,7 +1,6 @@
 """The 15 documented text Llamas, where each one's numbers come from, and their hub ids.
 
-Where public sources disagree, the value taken and the reason stand beside it (and in
-docs/numerics.md of the project):
+Where public sources disagree, the value taken and the reason stand here and in docs/llama.md:
 
 - Llama 2's `norm_eps`: the base models' params.json say 1e-5; the 7B chat model's is quoted
   with 1e-6 in several places. The base value is taken; an imported file's own value wins.
