@@ -7,7 +7,7 @@ so a user who types `<|eot_id|>` writes five characters, not a turn's end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
@@ -24,7 +24,7 @@ from finetune.llama.conversation import (
 )
 from finetune.llama.segments import Segment
 from finetune.llama.templates import DEFAULT_DATE
-from finetune.llama.tokenizer import encode_text, special_id
+from finetune.llama.tokenizer import encode_text, encode_texts, special_id
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,50 @@ class ChatFormat:
             InputError: the format has no place for something; it would be lost or moved.
         """
         conversation = Conversation(messages, tools)
-        self.check(conversation)
-        ids, mask = [special_id(tokenizer, self.bos)], [False]
-        for segment in self.segments(conversation, date_string or self.date_string):
-            new = _encode(tokenizer, segment)
+        rendered = self.render_many(tokenizer, [conversation], train_on, date_string)[0]
+        if isinstance(rendered, InputError):
+            raise rendered
+        return rendered
+
+    def render_many(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        conversations: Sequence[Conversation],
+        train_on: str = "assistant",
+        date_string: str | None = None,
+    ) -> list[Rendered | InputError]:
+        """`render` of many conversations; their texts are encoded together, each only once.
+
+        Returns:
+            for each conversation what `render` returns, or what it would raise.
+        """
+        date = date_string or self.date_string
+        written = [self._written(conversation, date) for conversation in conversations]
+        ids_of = _encoded(tokenizer, written)
+        return [
+            found
+            if isinstance(found, InputError)
+            else self._joined(ids_of, found, conversation, train_on)
+            for conversation, found in zip(conversations, written, strict=True)
+        ]
+
+    def _written(self, conversation: Conversation, date: str) -> list[Segment] | InputError:
+        try:
+            self.check(conversation)
+            return [Segment(self.bos, control=True), *self.segments(conversation, date)]
+        except InputError as error:
+            return error
+
+    def _joined(
+        self,
+        ids_of: Mapping[tuple[str, bool], list[int]],
+        written: Sequence[Segment],
+        conversation: Conversation,
+        train_on: str,
+    ) -> Rendered:
+        ids, mask = list(ids_of[written[0].text, True]), [False]
+        for segment in written[1:]:
+            new = ids_of[segment.text, segment.control]
             ids += new
             mask += [self._is_trained(segment, conversation, train_on)] * len(new)
         assert ids[:2] != [ids[0], ids[0]], f"{self.name}: two BOS at the start"
@@ -121,11 +161,9 @@ class ChatFormat:
             raise InputError(
                 "the last message is the assistant's; a prompt ends with the user's or a tool's"
             )
-        ids = [special_id(tokenizer, self.bos)]
+        bos = Segment(self.bos, control=True)
         written = self.segments(conversation, date_string or self.date_string)
-        for segment in (*written, *self.opening):
-            ids += _encode(tokenizer, segment)
-        return ids
+        return [i for s in (bos, *written, *self.opening) for i in _encode(tokenizer, s)]
 
     def check(self, conversation: Conversation) -> None:
         """Refuses what the format has no place for.
@@ -159,6 +197,22 @@ def _encode(tokenizer: PreTrainedTokenizerFast, segment: Segment) -> list[int]:
     if segment.control:
         return [special_id(tokenizer, segment.text)]
     return encode_text(tokenizer, segment.text)
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerFast, written: Sequence[list[Segment] | InputError]
+) -> dict[tuple[str, bool], list[int]]:
+    """(text, whether it is a control token) -> ids, for every segment of many conversations."""
+    found = {
+        (segment.text, segment.control): segment
+        for segments_of_one in written
+        if not isinstance(segments_of_one, InputError)
+        for segment in segments_of_one
+    }
+    texts = [text for text, control in found if not control]
+    ids_of = dict(zip(((t, False) for t in texts), encode_texts(tokenizer, texts), strict=True))
+    controls = [text for text, control in found if control]
+    return ids_of | {(text, True): [special_id(tokenizer, text)] for text in controls}
 
 
 def _with_headers(
