@@ -6,7 +6,7 @@ and counted. Nothing is ever cut: a conversation is trained whole or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from finetune.artifact import sha256_of, sha256_of_json
 from finetune.config import RunConfig
 from finetune.config.data import DataSection, Source
 from finetune.errors import InputError
+from finetune.files import find_files, read_rows, refuse
 from finetune.ledger import Ledger
 from finetune.llama.chat import ChatFormat, Rendered
 from finetune.llama.tokenizer import encode_texts
-from finetune.rows import Example, iter_answers, read_examples, read_rows, refuse
+from finetune.shapes import Example, iter_answers, read_examples
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def load_data(
         _refuse_none("data.heldout: no row is left to score", held, heldout_ledger)
     _note_overlap(documents, held, heldout_ledger)
     sources = [*data.train, *data.heldout]
-    hashes = {source.path: sha256_of(Path(source.path)) for source in sources}
+    paths = [path for source in sources for path in find_files(source.path)]
+    hashes = {str(path): sha256_of(path) for path in paths}
     return RunData(documents, held, (train_ledger, heldout_ledger), hashes)
 
 
@@ -122,28 +124,38 @@ def _like_the_runs_own(path: Path, data: DataSection) -> Source:
     """A file under the run's column names, where it has them."""
     for source in (*data.heldout, *data.train):
         names = set((source.columns or {}).values())
-        if names and names <= set(read_rows(path)[0][1]):
+        if names and names <= set(next(read_rows(path)).columns):
             return source.model_copy(update={"path": str(path)})
     return Source(path=str(path))
 
 
 def _read_side(name: str, sources: Sequence[Source], recipe: str) -> tuple[list[Example], Ledger]:
-    ledger, examples, findings = Ledger(name), [], []
-    for source in sources:
+    ledger, examples = Ledger(name), []
+    findings: list[str] = []
+    for source, path in _files_of(sources, findings):
         try:
-            shape, rows = read_examples(Path(source.path), source.format, source.columns)
+            shape, rows = read_examples(path, source.format, source.columns)
+            new = list(rows)
         except InputError as error:
             findings += error.findings
             continue
         if (shape == "text") != (recipe == "pretrain"):
             wanted = "plain text (a text column)" if recipe == "pretrain" else "conversations"
-            findings.append(f"{source.path}: holds {shape}; recipe {recipe} trains on {wanted}")
-        ledger.notes.append(f"{source.path}: {len(rows):,} rows of format {shape}")
-        examples += rows
+            findings.append(f"{path}: holds {shape}; recipe {recipe} trains on {wanted}")
+        ledger.notes.append(f"{path}: {len(new):,} rows of format {shape}")
+        examples += new
     if findings:
         raise InputError(findings)
     ledger.num_rows_read = len(examples)
     return examples, ledger
+
+
+def _files_of(sources: Sequence[Source], findings: list[str]) -> Iterator[tuple[Source, Path]]:
+    for source in sources:
+        try:
+            yield from ((source, path) for path in find_files(source.path))
+        except InputError as error:
+            findings += error.findings
 
 
 def _split(examples: list[Example], fraction: float) -> tuple[list[Example], list[Example]]:
@@ -226,6 +238,9 @@ def _render_conversations(
 ) -> list[tuple[Example, Rendered]]:
     result, findings = [], []
     for example in examples:
+        if example.tools or any(m.keys() - {"role", "content"} for m in example.messages):
+            findings.append(f"{example.where}: has tools or a train mark, not rendered yet")
+            continue
         answers = list(iter_answers(example.messages))
         if not answers or not answers[-1].strip():
             ledger.drop("without an answer", example.where)

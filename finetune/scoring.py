@@ -9,10 +9,11 @@ from typing import Any
 
 from finetune.data import Document
 from finetune.errors import InputError
+from finetune.files import read_rows
 from finetune.heldout import HeldoutLoss, score
 from finetune.inference import Opened, Sampling, continue_prompts
 from finetune.llama.tokenizer import encode_text
-from finetune.rows import Example, read_rows
+from finetune.shapes import Example
 
 GROUP_COLUMNS = ("family", "template")
 
@@ -113,7 +114,7 @@ def probe(opened: Opened, path: Path) -> Scores:
         InputError: rows without a prompt or an answer.
     """
     tokenizer, answers = opened.base.tokenizer, []
-    rows = read_rows(path)
+    rows = [(row.where, row.columns) for row in read_rows(path)]
     findings = [
         f"{where}: {key} is not text; a probe's row has prompt and answer"
         for where, row in rows

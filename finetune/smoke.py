@@ -9,18 +9,21 @@ the config's are absent.
 from __future__ import annotations
 
 import dataclasses
+import glob
+import itertools
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune.config import RunConfig
 from finetune.config.data import Source
 from finetune.config.loader import Loaded
+from finetune.files import find_files, read_rows
 from finetune.llama.architecture import HUB_IDS, Architecture, scaled_down
 from finetune.plan import architecture_of_base
-from finetune.rows import read_rows
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "llama-nano"
 NUM_STEPS = 2
@@ -91,7 +94,7 @@ def _data_values(config: RunConfig, scratch: Path) -> dict[str, Any]:
         )
     for side in ("train", "heldout"):
         sources: tuple[Source, ...] = getattr(config.data, side)
-        if sources and all(Path(source.path).is_file() for source in sources):
+        if sources and all(_exists(source.path) for source in sources):
             values[side] = [_first_rows(s, scratch / f"{side}-{i}") for i, s in enumerate(sources)]
             continue
         named = ", ".join(source.path for source in sources) or "none"
@@ -104,12 +107,25 @@ def _data_values(config: RunConfig, scratch: Path) -> dict[str, Any]:
 
 def _first_rows(source: Source, target: Path) -> dict[str, Any]:
     """The source, cut to its first rows: the whole file is read, and refused if a line is bad."""
-    rows = read_rows(Path(source.path))
-    _say(f"smoke    {source.path}: the first {min(NUM_ROWS, len(rows))} of {len(rows):,} rows")
+    lines, num_rows = [], 0
+    for row in itertools.chain.from_iterable(map(read_rows, find_files(source.path))):
+        num_rows += 1
+        if num_rows <= NUM_ROWS:
+            lines.append(_as_json_line(row.columns))
+    _say(f"smoke    {source.path}: the first {min(NUM_ROWS, num_rows)} of {num_rows:,} rows")
     path = target.with_suffix(".jsonl")
-    lines = [json.dumps(row, ensure_ascii=False) for _, row in rows[:NUM_ROWS]]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return {**source.model_dump(), "path": str(path)}
+
+
+def _as_json_line(columns: Mapping[str, Any]) -> str:
+    """A row as JSON; Parquet's dates and NaN, which only other columns have, as text and null."""
+    plain = json.loads(json.dumps(columns, default=str), parse_constant=lambda name: None)
+    return json.dumps(plain, ensure_ascii=False)
+
+
+def _exists(path: str) -> bool:
+    return Path(path).exists() or any(glob.iglob(path, recursive=True))
 
 
 def _embedded_rows(recipe: str, side: str, scratch: Path) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from finetune.errors import InputError
 from finetune.llama.downloads import refuse_failed_download
-from finetune.rows import read_examples
+from finetune.shapes import read_examples
 
 SMALLEST = 256 + 4  # a piece for every byte, and <unk> <s> </s> <pad>
 

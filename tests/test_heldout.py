@@ -16,7 +16,7 @@ from finetune.data import Document
 from finetune.errors import CannotContinue, InputError
 from finetune.fast.loss import IGNORED, pack, token_losses
 from finetune.heldout import HeldoutLoss, evaluating, score, score_rows, total_of
-from finetune.rows import Example
+from finetune.shapes import Example
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from finetune.data import Document, load_data
 from finetune.errors import InputError
 from finetune.fast.loss import IGNORED, pack
 from finetune.llama.chat import FORMATS
-from finetune.rows import Example
+from finetune.shapes import Example
 
 ROWS = Path(__file__).resolve().parents[1] / "assets" / "llama-nano" / "data" / "train.jsonl"
 TALK = [

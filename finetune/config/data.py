@@ -9,21 +9,34 @@ from pydantic import BeforeValidator, Field, model_validator
 from finetune.config.section import Section, Text, as_tuple
 
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "input", "output", "system"),
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
+    "sharegpt": ("conversations", "system", "tools"),
+    "messages": ("messages", "tools"),
+    "prompt_completion": ("prompt", "completion", "tools"),
+    "question_answer": ("question", "answer"),
+    "seed_tasks": ("instruction", "instances"),
     "text": ("text",),
 }
 """The columns of each row format, under the names this toolkit gives them."""
 
 
 class Source(Section):
-    """One source of rows: a json or jsonl file, and how to read it."""
+    """One source of rows: a file, a folder or a pattern, and how to read it."""
 
     path: Text
-    """A .json or .jsonl file, relative to the working directory."""
+    """A .json, .jsonl, .ndjson, .csv, .tsv, .parquet or .txt file (.gz as well, but for parquet), a
+    folder of such files, or a pattern (data/*.jsonl); relative to the working directory."""
 
-    format: Literal["auto", "alpaca", "messages", "prompt_completion", "text"] = "auto"
+    format: Literal[
+        "auto",
+        "alpaca",
+        "sharegpt",
+        "messages",
+        "prompt_completion",
+        "question_answer",
+        "seed_tasks",
+        "text",
+    ] = "auto"
     """What the rows look like; `auto` decides by the columns of the first row."""
 
     columns: dict[str, Text] | None = None
@@ -32,13 +45,17 @@ class Source(Section):
     @model_validator(mode="after")
     def _known_columns(self) -> Source:
         formats = COLUMNS if self.format == "auto" else {self.format: COLUMNS[self.format]}
-        allowed = [column for columns in formats.values() for column in columns]
+        allowed = list(dict.fromkeys(name for columns in formats.values() for name in columns))
         unknown = [column for column in self.columns or {} if column not in allowed]
         if unknown:
             raise ValueError(
                 f"format {self.format} has no column {', '.join(unknown)};"
                 f" allowed: {', '.join(allowed)}"
             )
+        theirs = list((self.columns or {}).values())
+        twice = sorted({name for name in theirs if theirs.count(name) > 1})
+        if twice:
+            raise ValueError(f"columns names {', '.join(twice)} twice; each column has one meaning")
         return self
 
 

@@ -23,7 +23,9 @@ LINES = (
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
     " llama.presets",
     "config",
-    "llama adapters fast run_folder rows ledger hub",
+    "llama adapters fast run_folder ledger hub",
+    "files",
+    "shapes",
     "data model plan packing",
     "checkpoint heldout preview",
     "trainer inference",
@@ -39,7 +41,17 @@ LEVELS = {name: level for level, line in enumerate(LINES) for name in line.split
 # `train --smoke` hands over to smoke, which runs train and the verbs after it.
 ALLOWED_UPWARDS = {("train", "smoke")}
 
-LIGHT = {"errors", "artifact", "config", "run_folder", "rows", "ledger", "plan", "report"}
+LIGHT = {
+    "errors",
+    "artifact",
+    "config",
+    "run_folder",
+    "files",
+    "shapes",
+    "ledger",
+    "plan",
+    "report",
+}
 WITHOUT_TORCH = sorted(LIGHT | {name for name in LEVELS if name.startswith("llama.")})
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
 
