@@ -21,8 +21,8 @@ from source_files import (
 LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
-    " llama.presets",
-    "config",
+    " llama.presets ngrams",
+    "config overlap",
     "llama adapters fast run_folder rows ledger hub",
     "data model plan packing",
     "checkpoint heldout preview",
@@ -40,6 +40,7 @@ LEVELS = {name: level for level, line in enumerate(LINES) for name in line.split
 ALLOWED_UPWARDS = {("train", "smoke")}
 
 LIGHT = {"errors", "artifact", "config", "run_folder", "rows", "ledger", "report"}
+LIGHT |= {"ngrams", "overlap"}
 WITHOUT_TORCH = sorted(LIGHT | {name for name in LEVELS if name.startswith("llama.")})
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
 
