@@ -21,11 +21,13 @@ from source_files import (
 LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
-    " llama.presets",
-    "config",
+    " llama.presets ngrams",
+    "config overlap suspicion mojibake cache",
     "llama adapters fast run_folder ledger hub",
     "files",
     "shapes",
+    "prepared",
+    "rendering mixture preparation",
     "data model plan packing",
     "checkpoint heldout preview",
     "trainer inference",
@@ -41,17 +43,8 @@ LEVELS = {name: level for level, line in enumerate(LINES) for name in line.split
 # `train --smoke` hands over to smoke, which runs train and the verbs after it.
 ALLOWED_UPWARDS = {("train", "smoke")}
 
-LIGHT = {
-    "errors",
-    "artifact",
-    "config",
-    "run_folder",
-    "files",
-    "shapes",
-    "ledger",
-    "plan",
-    "report",
-}
+LIGHT = {"errors", "artifact", "cache", "config", "run_folder", "files", "shapes", "ledger"}
+LIGHT |= {"plan", "ngrams", "overlap", "suspicion", "mojibake", "prepared", "mixture", "report"}
 WITHOUT_TORCH = sorted(LIGHT | {name for name in LEVELS if name.startswith("llama.")})
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
 
