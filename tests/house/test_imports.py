@@ -21,9 +21,9 @@ from source_files import (
 LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
-    " llama.presets ngrams",
+    " llama.presets ngrams mojibake",
     "config overlap",
-    "llama adapters fast run_folder rows ledger hub",
+    "llama adapters fast run_folder rows ledger suspicion hub",
     "data model plan packing",
     "checkpoint heldout preview",
     "trainer inference",
@@ -40,7 +40,7 @@ LEVELS = {name: level for level, line in enumerate(LINES) for name in line.split
 ALLOWED_UPWARDS = {("train", "smoke")}
 
 LIGHT = {"errors", "artifact", "config", "run_folder", "rows", "ledger", "report"}
-LIGHT |= {"ngrams", "overlap"}
+LIGHT |= {"ngrams", "mojibake", "overlap", "suspicion"}
 WITHOUT_TORCH = sorted(LIGHT | {name for name in LEVELS if name.startswith("llama.")})
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
 
