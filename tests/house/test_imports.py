@@ -21,9 +21,9 @@ from source_files import (
 LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
-    " llama.presets ngrams",
-    "config overlap suspicion mojibake cache",
-    "llama adapters fast run_folder ledger hub",
+    " llama.presets ngrams mojibake",
+    "config overlap cache",
+    "llama adapters fast run_folder ledger suspicion hub",
     "files",
     "shapes",
     "prepared",
