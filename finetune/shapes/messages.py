@@ -180,9 +180,10 @@ def _is_text_parts(value: list[Any]) -> bool:
 
 
 def _part(part: Any, place: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else kind_of(part)
-    if kind != "text" or not isinstance(part, dict):
-        raise ValueError(f"{place} is of type {kind}; only parts of type text are read")
+    if not isinstance(part, dict):
+        raise ValueError(f"{place} is {kind_of(part)}; expected an object with type and text")
+    if part.get("type") != "text":
+        raise ValueError(f"{place} is of type {part.get('type')}; only parts of type text are read")
     unknown = sorted({key for key, value in part.items() if value is not None} - {"type", "text"})
     if unknown:
         raise ValueError(f"{place} has {', '.join(unknown)}, which is not read")
