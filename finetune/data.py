@@ -1,105 +1,223 @@
-"""Data of a run: files -> examples -> documents with train masks, and the ledger of both sides.
+"""Data of a run: documents of both sides with train masks, and the ledger of every row and token.
 
-Rows over `max_length` are dropped, refused or (plain text only) split, by the config's policy,
-and counted. Nothing is ever cut: a conversation is trained whole or not at all.
+`preparation` writes the documents once for each content and settings; here a run opens them, and
+decides what of them it uses: overlap between the sides, and the shares of a mixture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from finetune.artifact import sha256_of, sha256_of_json
+from finetune import artifact
+from finetune.artifact import sha256_of_json
 from finetune.config import RunConfig
 from finetune.config.data import DataSection, Source
-from finetune.errors import InputError
-from finetune.files import find_files, read_rows, refuse
+from finetune.errors import CheckFailed, InputError
+from finetune.files import MAX_FINDINGS, find_files, read_rows, refuse
 from finetune.ledger import Ledger
-from finetune.llama.chat import ChatFormat, Rendered
-from finetune.llama.tokenizer import encode_texts
-from finetune.shapes import Example, iter_answers, read_examples
-
-
-@dataclass(frozen=True)
-class Document:
-    """An example as the model sees it.
-
-    Attributes:
-        example: the row it came from.
-        input_ids: ids, BOS first.
-        train_mask: for each id, whether it counts in the loss.
-    """
-
-    example: Example
-    input_ids: list[int]
-    train_mask: list[bool]
-
-    @property
-    def num_trained(self) -> int:
-        """Tokens that count in the loss; the first has nothing before it and never does."""
-        return sum(self.train_mask[1:])
+from finetune.llama.chat import ChatFormat
+from finetune.mixture import Mixture, Portion
+from finetune.overlap import Overlap
+from finetune.preparation import SIDES, SourceFile, prepare, source_files
+from finetune.prepared import Document, PreparedDocuments
+from finetune.rendering import Renderer
+from finetune.shapes import read_examples
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Both sides of a run's data, with what became of every row."""
+    """Both sides of a run's data, with what became of every row.
 
-    train: list[Document]
-    heldout: list[Document]
-    ledgers: tuple[Ledger, ...]
+    Attributes:
+        train: documents to train on.
+        heldout: documents never trained on; may be empty.
+        ledgers: of train and heldout.
+        file_hashes: sha256 of every file.
+        overlap: held-out rows that the training side has too, or almost.
+        mixture: the shares of the sources in an epoch; None: every document once.
+        portions: what an epoch holds of each source.
+        documents_sha256: over the ids and masks of both sides.
+    """
+
+    train: PreparedDocuments
+    heldout: PreparedDocuments
+    ledgers: tuple[Ledger, Ledger]
     file_hashes: dict[str, str]
+    overlap: tuple[Overlap, ...]
+    mixture: Mixture | None
+    portions: tuple[Portion, ...]
+    documents_sha256: str
 
     def as_json(self) -> dict[str, Any]:
         """data.json of the run folder."""
-        sides = {ledger.name: ledger.as_json() for ledger in self.ledgers}
-        both = (self.train, self.heldout)
-        ids = [[[d.input_ids, d.train_mask] for d in side] for side in both]
-        return {"files": self.file_hashes, "documents_sha256": sha256_of_json(ids), **sides}
+        return {
+            "files": self.file_hashes,
+            "documents_sha256": self.documents_sha256,
+            **{ledger.name: ledger.as_json() for ledger in self.ledgers},
+            "overlap": [asdict(finding) for finding in self.overlap],
+            "mixture": [asdict(portion) for portion in self.portions],
+        }
+
+    def lines(self) -> list[str]:
+        """Ledgers and mixture for the terminal."""
+        shown = [line for side in self.ledgers if side.num_rows_read for line in side.lines()]
+        if len(self.portions) > 1:
+            shown += _table(self.portions)
+        return shown
 
 
 def load_data(
     config: RunConfig, tokenizer: PreTrainedTokenizerFast, chat_format: ChatFormat | None
 ) -> RunData:
-    """Reads, renders and counts the training and held-out rows of a config.
+    """Training and held-out documents of a config, prepared now or found in the cache.
 
     Args:
         chat_format: None for recipes on plain text.
 
     Raises:
         InputError: unreadable files or rows, a side without a row, overlong rows under `error`.
+        CheckFailed: held-out rows that are trained on, under `data.on_overlap: error`.
     """
-    data = config.data
-    if not data.train:
+    if not config.data.train:
         raise InputError("data.train: names no file; give at least one")
-    train, train_ledger = _read_side("train", data.train, config.recipe)
-    heldout, heldout_ledger = _read_side("heldout", data.heldout, config.recipe)
-    if data.heldout_fraction:
-        train, heldout = _split(train, data.heldout_fraction)
-        train_ledger.num_rows_read, heldout_ledger.num_rows_read = len(train), len(heldout)
-        if not heldout:
-            raise InputError(
-                f"data.heldout_fraction: {data.heldout_fraction} of {len(train)} rows holds none "
-                "out; raise it, or name a file in data.heldout"
-            )
-    documents = _documents(train, data, tokenizer, chat_format, train_ledger)
-    _refuse_none("data.train: no row is left to train on", documents, train_ledger)
-    held = _documents(heldout, data, tokenizer, chat_format, heldout_ledger)
-    if heldout:
-        _refuse_none("data.heldout: no row is left to score", held, heldout_ledger)
-    _note_overlap(documents, held, heldout_ledger)
-    sources = [*data.train, *data.heldout]
-    paths = [path for source in sources for path in find_files(source.path)]
-    hashes = {str(path): sha256_of(path) for path in paths}
-    return RunData(documents, held, (train_ledger, heldout_ledger), hashes)
+    files, missing = source_files(config)
+    folder = prepare(config, files, tokenizer, chat_format, missing)
+    states = artifact.read_json(folder / "ledgers.json")
+    train_ledger, heldout_ledger = (Ledger.from_state(states[side]) for side in SIDES)
+    train, heldout = (PreparedDocuments(folder / side) for side in SIDES)
+    _refuse_empty_sides(config, train, train_ledger, heldout, heldout_ledger)
+    found = tuple(Overlap(**finding) for finding in artifact.read_json(folder / "overlap.json"))
+    heldout = _without_leaks(config.data, found, heldout, heldout_ledger)
+    mixture = _mixture(config, train)
+    return RunData(
+        train,
+        heldout,
+        (train_ledger, heldout_ledger),
+        {str(file.path): file.sha256 for file in files},
+        found,
+        mixture,
+        _portions(config, files, train, mixture),
+        _documents_sha256(folder, len(heldout)),
+    )
+
+
+def _documents_sha256(folder: Path, num_heldout: int) -> str:
+    files = artifact.read_manifest(folder)["files"]
+    names = [f"{side}/{name}" for side in SIDES for name in ("ids.bin", "mask.bin", "ends.bin")]
+    return sha256_of_json([*(files[name]["sha256"] for name in names), num_heldout])
+
+
+def _refuse_empty_sides(
+    config: RunConfig,
+    train: PreparedDocuments,
+    train_ledger: Ledger,
+    heldout: PreparedDocuments,
+    heldout_ledger: Ledger,
+) -> None:
+    fraction = config.data.heldout_fraction
+    if fraction and not heldout_ledger.num_rows_read:
+        raise InputError(
+            f"data.heldout_fraction: {fraction} of {train_ledger.num_rows_read} rows holds none "
+            "out; raise it, or name a file in data.heldout"
+        )
+    _refuse_none("data.train: no row is left to train on", train, train_ledger)
+    if heldout_ledger.num_rows_read:
+        _refuse_none("data.heldout: no row is left to score", heldout, heldout_ledger)
 
 
 def _refuse_none(finding: str, documents: Sequence[Document], ledger: Ledger) -> None:
     if not documents:
         raise InputError([finding, *(" ".join(line.split()) for line in ledger.lines())])
+
+
+def _without_leaks(
+    data: DataSection, found: Sequence[Overlap], heldout: PreparedDocuments, ledger: Ledger
+) -> PreparedDocuments:
+    """Applies `data.on_overlap` to held-out rows that the training side has too."""
+    leaks = {finding.where: finding for finding in found if finding.blocks}
+    if not leaks:
+        return heldout
+    if data.on_overlap == "error":
+        raise CheckFailed("\n".join(_leak_lines(list(leaks.values()))))
+    if data.on_overlap == "allow":
+        ledger.notes.append(f"{len(leaks):,} rows are in the training data too, or almost: kept")
+        return heldout
+    places = [heldout.example(index).where for index in range(len(heldout))]
+    for where, leak in leaks.items():
+        masks = [heldout[i].train_mask for i, place in enumerate(places) if place == where]
+        ledger.take_back(f"{leak.kind} in the training data", where, *masks)
+    kept = heldout.only(np.array([i for i, w in enumerate(places) if w not in leaks], np.int64))
+    _refuse_none("data.heldout: every row is in the training data too", kept, ledger)
+    return kept
+
+
+def _leak_lines(leaks: Sequence[Overlap]) -> list[str]:
+    rest = len(leaks) - MAX_FINDINGS
+    return [
+        f"{len(leaks):,} held-out rows are trained on as well: their scores would measure memory",
+        *(
+            f"  {leak.where}: {leak.kind} {leak.other}"
+            + (f" ({100 * leak.share:.0f} % of its n-grams)" if leak.kind == "near" else "")
+            for leak in leaks[:MAX_FINDINGS]
+        ),
+        *([f"  and {rest:,} more"] if rest > 0 else []),
+        "take them out, or set data.on_overlap: drop (they are not scored) or allow",
+    ]
+
+
+def _mixture(config: RunConfig, train: PreparedDocuments) -> Mixture | None:
+    sources = config.data.train
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not weights:
+        return None
+    names = [source.path for source in sources]
+    return Mixture(train.num_trained, train.sources, weights, names, config.run.seed)
+
+
+def _portions(
+    config: RunConfig,
+    files: Sequence[SourceFile],
+    train: PreparedDocuments,
+    mixture: Mixture | None,
+) -> tuple[Portion, ...]:
+    """The table of the mixture, which is also shown where every document comes once."""
+    sizes = [0] * len(config.data.train)
+    for file in files:
+        if file.side == "train":
+            sizes[file.number] += file.path.stat().st_size
+    if mixture is not None:
+        return tuple(mixture.table(sizes))
+    tokens = np.bincount(train.sources, weights=train.num_trained, minlength=len(sizes))
+    documents = np.bincount(train.sources, minlength=len(sizes))
+    return tuple(
+        Portion(s.path, float(t / tokens.sum()), 1.0, int(d), int(t), size)
+        for s, t, d, size in zip(config.data.train, tokens, documents, sizes, strict=True)
+    )
+
+
+def _table(portions: Sequence[Portion]) -> list[str]:
+    width = max(len(portion.name) for portion in portions)
+    head = f"mixture  {'source':<{width}}   share  epochs  documents  trained tokens      size"
+    return [head] + [
+        f"         {p.name:<{width}} {100 * p.share:6.2f}% {p.epochs:7.2f} {p.documents:10,}"
+        f" {p.tokens_trained:15,} {p.bytes / 2**20:6.1f} MiB"
+        for p in portions
+    ]
+
+
+def num_epochs(config: RunConfig, steps_per_epoch: int) -> int:
+    """Epochs that a run begins."""
+    train = config.train
+    if train.max_steps:
+        return math.ceil(train.max_steps / steps_per_epoch)
+    return math.ceil(train.num_train_epochs or 1)
 
 
 def load_heldout(
@@ -108,16 +226,34 @@ def load_heldout(
     tokenizer: PreTrainedTokenizerFast,
     chat_format: ChatFormat | None,
 ) -> tuple[list[Document], Ledger]:
-    """One held-out file under a config's rendering, for evaluation.
+    """One held-out file under a config's rendering, for evaluation; nothing is kept of it.
 
     Args:
         source: a source of the config; or any file, in one of the formats or with the columns of
             the config's own rows.
+
+    Raises:
+        InputError: rows that cannot be read or rendered.
     """
     if isinstance(source, Path):
         source = _like_the_runs_own(source, config.data)
-    examples, ledger = _read_side("heldout", [source], config.recipe)
-    return _documents(examples, config.data, tokenizer, chat_format, ledger), ledger
+    ledger, documents, findings = Ledger("heldout"), [], []
+    renderer = Renderer(config.data, tokenizer, chat_format)
+    for path in find_files(source.path):
+        shape, examples = read_examples(path, source.format, source.columns)
+        if (shape == "text") != (config.recipe == "pretrain"):
+            raise InputError(f"{path}: holds {shape}; recipe {config.recipe} does not read that")
+        for outcome in renderer(list(examples)):
+            ledger.num_rows_read += 1
+            documents += outcome.documents
+            if outcome.refused:
+                findings.append(outcome.refused)
+            elif outcome.dropped is not None:
+                ledger.drop(outcome.dropped, outcome.example.where, outcome.num_tokens_lost)
+            else:
+                ledger.keep(*(document.train_mask for document in outcome.documents))
+    refuse(findings)
+    return documents, ledger
 
 
 def _like_the_runs_own(path: Path, data: DataSection) -> Source:
@@ -127,139 +263,3 @@ def _like_the_runs_own(path: Path, data: DataSection) -> Source:
         if names and names <= set(next(read_rows(path)).columns):
             return source.model_copy(update={"path": str(path)})
     return Source(path=str(path))
-
-
-def _read_side(name: str, sources: Sequence[Source], recipe: str) -> tuple[list[Example], Ledger]:
-    ledger, examples = Ledger(name), []
-    findings: list[str] = []
-    for source, path in _files_of(sources, findings):
-        try:
-            shape, rows = read_examples(path, source.format, source.columns)
-            new = list(rows)
-        except InputError as error:
-            findings += error.findings
-            continue
-        if (shape == "text") != (recipe == "pretrain"):
-            wanted = "plain text (a text column)" if recipe == "pretrain" else "conversations"
-            findings.append(f"{path}: holds {shape}; recipe {recipe} trains on {wanted}")
-        ledger.notes.append(f"{path}: {len(new):,} rows of format {shape}")
-        examples += new
-    if findings:
-        raise InputError(findings)
-    ledger.num_rows_read = len(examples)
-    return examples, ledger
-
-
-def _files_of(sources: Sequence[Source], findings: list[str]) -> Iterator[tuple[Source, Path]]:
-    for source in sources:
-        try:
-            yield from ((source, path) for path in find_files(source.path))
-        except InputError as error:
-            findings += error.findings
-
-
-def _split(examples: list[Example], fraction: float) -> tuple[list[Example], list[Example]]:
-    """Splits by a hash of the content, so that a row never changes sides between runs."""
-    sides: tuple[list[Example], list[Example]] = ([], [])
-    for example in examples:
-        content = sha256_of_json([example.messages, example.text])
-        share = int(content[:16], 16) / 2**64
-        sides[share < fraction].append(example)
-    return sides
-
-
-def _documents(
-    examples: Sequence[Example],
-    data: DataSection,
-    tokenizer: PreTrainedTokenizerFast,
-    chat_format: ChatFormat | None,
-    ledger: Ledger,
-) -> list[Document]:
-    rendered = (
-        _render_texts(examples, tokenizer, ledger)
-        if chat_format is None
-        else _render_conversations(examples, data, tokenizer, chat_format, ledger)
-    )
-    documents, overlong, num_split = [], [], 0
-    for example, row in rendered:
-        parts = [row]
-        if len(row.input_ids) > data.max_length:
-            overlong.append(f"{example.where}: {len(row.input_ids)} tokens")
-            parts = _overlong(example, row, data, ledger)
-            num_split += bool(parts)
-        if parts:
-            ledger.keep(*(part.train_mask for part in parts))
-        documents += [Document(example, part.input_ids, part.train_mask) for part in parts]
-    if data.on_overflow == "error":
-        limit = f"over data.max_length {data.max_length}; raise it, or data.on_overflow=drop"
-        refuse([f"{place}, {limit}" for place in overlong])
-    if num_split:
-        ledger.notes.append(
-            f"{num_split:,} rows longer than data.max_length ({data.max_length} tokens) are split"
-        )
-    return documents
-
-
-def _overlong(example: Example, row: Rendered, data: DataSection, ledger: Ledger) -> list[Rendered]:
-    if data.on_overflow == "split":
-        step = data.max_length
-        starts = range(0, len(row.input_ids), step)
-        return [Rendered(row.input_ids[s : s + step], row.train_mask[s : s + step]) for s in starts]
-    reason = f"longer than data.max_length ({data.max_length} tokens)"
-    ledger.drop(reason, example.where, len(row.input_ids))
-    return []
-
-
-def _render_texts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, ledger: Ledger
-) -> list[tuple[Example, Rendered]]:
-    """Plain text: BOS, the text, EOS where it really ends; everything but BOS is trained."""
-    for example in examples:
-        if not example.text.strip():
-            ledger.drop("without text", example.where)
-    examples = [example for example in examples if example.text.strip()]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    assert None not in (bos, eos), "Llama tokenizers have BOS and EOS"
-    result = []
-    for example, text_ids in zip(
-        examples, encode_texts(tokenizer, [e.text for e in examples]), strict=True
-    ):
-        ids = [bos, *text_ids, eos]
-        result.append((example, Rendered(ids, [False] + [True] * (len(ids) - 1))))
-    return result
-
-
-def _render_conversations(
-    examples: Sequence[Example],
-    data: DataSection,
-    tokenizer: PreTrainedTokenizerFast,
-    chat_format: ChatFormat,
-    ledger: Ledger,
-) -> list[tuple[Example, Rendered]]:
-    result, findings = [], []
-    for example in examples:
-        if example.tools or any(m.keys() - {"role", "content"} for m in example.messages):
-            findings.append(f"{example.where}: has tools or a train mark, not rendered yet")
-            continue
-        answers = list(iter_answers(example.messages))
-        if not answers or not answers[-1].strip():
-            ledger.drop("without an answer", example.where)
-            continue
-        if data.train_on != "last" and not all(answer.strip() for answer in answers):
-            ledger.drop("with an empty answer among its answers", example.where)
-            continue
-        try:
-            row = chat_format.render(tokenizer, example.messages, data.train_on)
-        except InputError as error:
-            findings.append(f"{example.where}: {error}")
-            continue
-        result.append((example, row))
-    refuse(findings)
-    return result
-
-
-def _note_overlap(train: Sequence[Document], heldout: Sequence[Document], ledger: Ledger) -> None:
-    seen = {tuple(document.input_ids) for document in train}
-    shared = [d.example.where for d in heldout if tuple(d.input_ids) in seen]
-    if shared:
-        ledger.notes.append(f"{len(shared)} rows are in the training data too: {shared[:5]}")

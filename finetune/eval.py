@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune.artifact import write_json
 from finetune.config import RunConfig
-from finetune.data import Document, load_data, load_heldout
+from finetune.data import load_data, load_heldout
 from finetune.errors import CheckFailed, InputError
 from finetune.inference import (
     VARIANTS,
@@ -22,6 +22,7 @@ from finetune.inference import (
     open_variant,
     trained_variant,
 )
+from finetune.prepared import Document
 from finetune.run_folder import RunFolder, find_run
 from finetune.scoring import GROUP_COLUMNS, Scores, probe, score_model
 
@@ -132,7 +133,7 @@ def heldout_documents(config: RunConfig, opened: Opened, data: Path | None) -> l
         print("\n".join(ledger.lines()), file=sys.stderr)
     else:
         loaded = load_data(config, tokenizer, chat_format)
-        documents = loaded.heldout
+        documents = loaded.heldout[:]
         print("\n".join(loaded.ledgers[1].lines()), file=sys.stderr)
     if not documents:
         raise InputError("no held-out rows: give data.heldout in the config, or --data FILE")

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from finetune.data import Document
 from finetune.errors import CannotContinue, InputError
 from finetune.fast.loss import Packed, pack, token_losses
+from finetune.prepared import Document
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ and its prompt format. Everything after this module sees only that.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from transformers.utils import logging
 
 from finetune import artifact
 from finetune.adapters import fingerprint_of_files
+from finetune.cache import cache_root
 from finetune.config import RunConfig
 from finetune.config.base import BaseSection
 from finetune.errors import CannotContinue, InputError
@@ -293,11 +293,6 @@ def untrained_ids(model: LlamaForCausalLM, ids: list[int]) -> list[int]:
     norms = rows.float().norm(dim=1)
     limit = 0.01 * norms.median()
     return [token for token in ids if norms[token] < limit]
-
-
-def cache_root() -> Path:
-    """Where conversions are kept: FINETUNE_CACHE, or ~/.cache/plumbtune."""
-    return Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "plumbtune")
 
 
 def _write_random_base(config: RunConfig, folder: Path) -> None:

@@ -26,9 +26,9 @@ included. A short text quoted in a long one, a paraphrase and a translation are 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,8 +41,6 @@ BLOCKING = frozenset({EXACT, FOLDED, NEAR})
 
 MAX_ROWS_WITH_IT = 10  # an n-gram in more training rows is boilerplate
 DEFAULT_SHARE = 0.5
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -99,32 +97,52 @@ class Overlap:
         return self.kind in BLOCKING
 
 
-def duplicates(rows: Sequence[RowText]) -> list[DuplicateGroup]:
+def duplicates(rows: Iterable[RowText]) -> list[DuplicateGroup]:
     """Exact and folded duplicates inside one side, in the order of their first rows."""
-    exact = [digest(row.prompt, row.answer) for row in rows]
-    folded = [digest(fold(row.prompt), fold(row.answer)) for row in rows]
-    first_exact, first_folded = _first_of(exact), _first_of(folded)
-    groups: dict[tuple[int, str], list[str]] = {}
-    for index, row in enumerate(rows):
-        if (first := first_exact[exact[index]]) != index:
-            groups.setdefault((first, EXACT), []).append(row.where)
-        elif (first := first_folded[folded[index]]) != index:
-            groups.setdefault((first, FOLDED), []).append(row.where)
-    return [
-        DuplicateGroup(kind, rows[first].where, tuple(others))
-        for (first, kind), others in sorted(groups.items())
-    ]
+    finder = DuplicateFinder()
+    for row in rows:
+        finder.add(row)
+    return finder.groups()
+
+
+class DuplicateFinder:
+    """`duplicates`, one row after the other; keeps two hashes and the place of each row."""
+
+    def __init__(self) -> None:
+        self._exact: dict[bytes, int] = {}
+        self._folded: dict[bytes, int] = {}
+        self._places: list[str] = []
+        self._others: dict[tuple[int, str], list[str]] = {}
+
+    def add(self, row: RowText) -> None:
+        """Looks the row up among those before it."""
+        index = len(self._places)
+        self._places.append(row.where)
+        first_exact = self._exact.setdefault(digest(row.prompt, row.answer), index)
+        first_folded = self._folded.setdefault(digest(fold(row.prompt), fold(row.answer)), index)
+        if first_exact != index:
+            self._others.setdefault((first_exact, EXACT), []).append(row.where)
+        elif first_folded != index:
+            self._others.setdefault((first_folded, FOLDED), []).append(row.where)
+
+    def groups(self) -> list[DuplicateGroup]:
+        """The groups so far, in the order of their first rows."""
+        return [
+            DuplicateGroup(kind, self._places[first], tuple(others))
+            for (first, kind), others in sorted(self._others.items())
+        ]
 
 
 def overlap(
-    train: Sequence[RowText],
+    train: Iterable[RowText],
     heldout: Sequence[RowText],
     share: float = DEFAULT_SHARE,
     max_rows_with_it: int = MAX_ROWS_WITH_IT,
 ) -> list[Overlap]:
     """Held-out rows that the training side has too: at most one finding a row, in held-out order.
 
-    Time is linear in the words of both sides; memory some 100 bytes a word of the training side.
+    The training side is read once, one row after the other. Time is linear in the words of both
+    sides; memory some 100 bytes a word of the held-out side, and of a training row.
 
     Args:
         share: part of the n-grams (over 0, up to 1) from which on a row is near.
@@ -140,12 +158,16 @@ def overlap(
             "allowed: over 0 up to 1, and 1 or more"
         )
     hasher = GramHasher()
-    side = _TrainSide([_row(row, hasher) for row in train], max_rows_with_it)
+    held = [_row(row, hasher) for row in heldout]
+    side = _TrainSide(held, max_rows_with_it)
+    for row in train:
+        side.add(row.where, _row(row, hasher))
+    side.finish()
     findings = []
-    for row in heldout:
-        kind, other, found = side.find(_row(row, hasher), share)
+    for row, hashes in zip(heldout, held, strict=True):
+        kind, other, found = side.find(hashes, share)
         if other is not None:
-            findings.append(Overlap(kind, row.where, train[other].where, found))
+            findings.append(Overlap(kind, row.where, other, found))
     return findings
 
 
@@ -173,38 +195,63 @@ def _row(row: RowText, hasher: GramHasher) -> _Row:
 
 
 class _TrainSide:
-    """The training side, to look held-out rows up in.
+    """What the training side has of the held-out rows.
 
-    Rows equal to an earlier one are left out, so that copies do not make a text boilerplate.
+    Rows equal to an earlier one are left out of the n-grams, so that copies do not make a text
+    boilerplate.
     """
 
-    def __init__(self, rows: Sequence[_Row], max_rows_with_it: int) -> None:
-        self._exact = _first_of(row.exact for row in rows)
-        self._folded = _first_of(row.folded for row in rows)
-        self._prompts = _first_of(row.prompt for row in rows)
-        distinct = np.array(sorted(self._folded.values()), np.int64)
-        self._limit = min(max_rows_with_it, max(2, len(distinct) // 2))
-        grams = [np.union1d(rows[i].prompt_grams, rows[i].answer_grams) for i in distinct]
-        holders = np.repeat(distinct, [len(held) for held in grams])
-        flat = np.concatenate([np.zeros(0, np.uint64), *grams])
-        order = np.argsort(flat)
+    def __init__(self, heldout: Sequence[_Row], max_rows_with_it: int) -> None:
+        self._max_rows = max_rows_with_it
+        grams = [np.union1d(row.prompt_grams, row.answer_grams) for row in heldout]
+        self._wanted = np.unique(np.concatenate([np.zeros(0, np.uint64), *grams]))
+        keys = ("exact", "folded", "prompt")
+        self._firsts: dict[str, dict[bytes, str | None]] = {
+            key: {getattr(row, key): None for row in heldout} for key in keys
+        }
+        self._seen: set[bytes] = set()  # folded hashes of all rows
+        self._hits: list[Hashes] = []
+        self._hit_places: list[str] = []
+        self._hit_answers: list[bytes] = []
+
+    def add(self, where: str, row: _Row) -> None:
+        """One more training row."""
+        for key, firsts in self._firsts.items():
+            value = getattr(row, key)
+            if value in firsts and firsts[value] is None:
+                firsts[value] = where
+        if row.folded in self._seen:
+            return
+        self._seen.add(row.folded)
+        grams = np.union1d(row.prompt_grams, row.answer_grams)
+        hits = grams[_is_in(grams, self._wanted)]
+        if len(hits):
+            self._hits.append(hits)
+            self._hit_places.append(where)
+            self._hit_answers.append(row.answer)
+
+    def finish(self) -> None:
+        """To be called after the last row and before `find`."""
+        self._limit = min(self._max_rows, max(2, len(self._seen) // 2))
+        holders = np.repeat(np.arange(len(self._hits)), [len(hits) for hits in self._hits])
+        flat = np.concatenate([np.zeros(0, np.uint64), *self._hits])
+        order = np.argsort(flat, kind="stable")  # stable: the rows of a gram stay in order
         self._holders = holders[order]
         self._grams, self._starts, self._counts = np.unique(
             flat[order], return_index=True, return_counts=True
         )
-        self._answers = [row.answer for row in rows]
 
-    def find(self, row: _Row, share: float) -> tuple[str, int | None, float]:
-        """Kind, index of the training row or None, and share."""
-        if (other := self._exact.get(row.exact)) is not None:
-            return EXACT, other, 1.0
-        if (other := self._folded.get(row.folded)) is not None:
-            return FOLDED, other, 1.0
+    def find(self, row: _Row, share: float) -> tuple[str, str | None, float]:
+        """Kind, place of the training row or None, and share."""
+        if (where := self._firsts["exact"][row.exact]) is not None:
+            return EXACT, where, 1.0
+        if (where := self._firsts["folded"][row.folded]) is not None:
+            return FOLDED, where, 1.0
         is_long = len(row.answer_grams) > 0
         other, found = self._by_long_answer(row) if is_long else self._by_short_answer(row)
         if other is not None and found >= share:
-            return NEAR, other, found
-        same = self._prompts.get(row.prompt) if row.prompt else None
+            return NEAR, self._hit_places[other], found
+        same = self._firsts["prompt"][row.prompt] if row.prompt else None
         return SAME_PROMPT, same, found if is_long else 0.0
 
     def _by_long_answer(self, row: _Row) -> tuple[int | None, float]:
@@ -215,7 +262,7 @@ class _TrainSide:
 
     def _by_short_answer(self, row: _Row) -> tuple[int | None, float]:
         num_counted, _, holders = self._look_up(row.prompt_grams)
-        holders = np.array([i for i in holders if self._answers[i] == row.answer], np.int64)
+        holders = np.array([i for i in holders if self._hit_answers[i] == row.answer], np.int64)
         if not len(holders):
             return None, 0.0
         other, num_shared = _most_frequent(holders)
@@ -241,9 +288,10 @@ def _most_frequent(values: npt.NDArray[np.int64]) -> tuple[int, int]:
     return int(distinct[best]), int(counts[best])
 
 
-def _first_of(keys: Iterable[Key]) -> dict[Key, int]:
-    """For each key the first index it has."""
-    firsts: dict[Key, int] = {}
-    for index, key in enumerate(keys):
-        firsts.setdefault(key, index)
-    return firsts
+def _is_in(values: Hashes, wanted: Hashes) -> npt.NDArray[np.bool_]:
+    """Which values occur in the sorted `wanted`."""
+    if not len(wanted):
+        return np.zeros(len(values), np.bool_)
+    places = np.minimum(np.searchsorted(wanted, values), len(wanted) - 1)
+    found: npt.NDArray[np.bool_] = wanted[places] == values
+    return found

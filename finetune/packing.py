@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from finetune.fast.loss import pack
 
+Pair = tuple[Any, Any]  # ids and train mask of a document: lists or arrays, (tokens,) each
 FILLER = -1  # the index of a document of one untrained token
 
 
@@ -57,16 +58,25 @@ class BatchPlan:
     """How packs become steps.
 
     Attributes:
-        packs: document indices of every pack.
+        packs: document indices of every pack of the first epoch, and of the others where they are
+            the same.
         per_device: packs in one micro-batch.
         accumulation: micro-batches of one rank in a step.
         num_ranks: processes.
+        later: the packs of the epochs after the first, where each has its own (a mixture).
     """
 
     packs: list[list[int]]
     per_device: int
     accumulation: int
     num_ranks: int
+    later: tuple[list[list[int]], ...] = ()
+
+    def packs_of(self, epoch: int) -> list[list[int]]:
+        """Document indices of every pack of an epoch, counted from 0."""
+        if epoch == 0 or not self.later:
+            return self.packs
+        return self.later[epoch - 1]
 
     @property
     def packs_per_step(self) -> int:
@@ -75,19 +85,22 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch."""
-        return -(-len(self.packs) // self.packs_per_step)
+        """Optimizer steps of one epoch: of the longest, where their packs differ; the others are
+        filled up with packs that train nothing."""
+        longest = max(map(len, (self.packs, *self.later)))
+        return -(-longest // self.packs_per_step)
 
     def epoch(self, seed: int, epoch: int, rank: int) -> Iterator[list[int]]:
         """This rank's micro-batches of an epoch: lists of document indices."""
-        order = list(range(len(self.packs)))
+        packs = self.packs_of(epoch)
+        order = list(range(len(packs)))
         random.Random(f"epoch {seed} {epoch}").shuffle(order)
         for start in range(0, self.steps_per_epoch * self.packs_per_step, self.packs_per_step):
             step = order[start : start + self.packs_per_step]
             for micro in range(self.accumulation):
                 first = (micro * self.num_ranks + rank) * self.per_device
                 chosen = step[first : first + self.per_device]
-                yield [document for pack in chosen for document in self.packs[pack]] or [FILLER]
+                yield [document for pack in chosen for document in packs[pack]] or [FILLER]
 
 
 class PackSampler(Sampler[list[int]]):
@@ -107,23 +120,30 @@ class PackSampler(Sampler[list[int]]):
         return self.plan.epoch(self.seed, self.epoch, self.rank)
 
 
-class Documents:
-    """Documents by index, for a DataLoader; `FILLER` is one token that is not trained."""
+class TokenizedRows:
+    """Ids and masks by index, for a DataLoader; `FILLER` is one token that is not trained.
 
-    def __init__(self, documents: Sequence[tuple[list[int], list[bool]]], filler_id: int) -> None:
-        self.documents, self.filler = documents, ([filler_id], [False])
+    Args:
+        pair: gives ids and train mask of a document by its index.
+        num_documents: how many there are.
+        filler_id: any id.
+    """
 
-    def __getitem__(self, index: int) -> tuple[list[int], list[bool]]:
-        return self.filler if index == FILLER else self.documents[index]
+    def __init__(self, pair: Callable[[int], Pair], num_documents: int, filler_id: int) -> None:
+        self.pair, self.num_documents = pair, num_documents
+        self.filler: Pair = ([filler_id], [False])
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.filler if index == FILLER else self.pair(index)
 
     def __len__(self) -> int:
-        return len(self.documents)
+        return self.num_documents
 
 
 class PackLoader(DataLoader[Any]):
     """A DataLoader over packs; the trainer reaches the sampler's epoch through it."""
 
-    def __init__(self, documents: Documents, sampler: PackSampler) -> None:
+    def __init__(self, documents: TokenizedRows, sampler: PackSampler) -> None:
         super().__init__(documents, batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
         self.pack_sampler = sampler
 
@@ -132,6 +152,6 @@ class PackLoader(DataLoader[Any]):
         self.pack_sampler.set_epoch(epoch)
 
 
-def collate(documents: Sequence[tuple[list[int], list[bool]]]) -> dict[str, Any]:
+def collate(documents: Sequence[Pair]) -> dict[str, Any]:
     """Documents to the row that the loss takes: see `finetune.fast.loss.Packed`."""
     return vars(pack(documents))

@@ -12,10 +12,11 @@ from typing import Any, TextIO
 from transformers import PreTrainedTokenizerFast
 
 from finetune.config.loader import load
-from finetune.data import Document, load_data
+from finetune.data import load_data
 from finetune.errors import InputError
 from finetune.fast.loss import IGNORED
 from finetune.model import read_tokenizer
+from finetune.prepared import Document
 
 _GREEN, _GREY, _END = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from finetune.data import Document, load_data, load_heldout
+from finetune.data import load_data, load_heldout
 from finetune.errors import CheckFailed
 from finetune.fast.attention import no_mask
 from finetune.fast.loss import pack
 from finetune.heldout import evaluating
 from finetune.inference import Opened, Sampling, continue_prompts, open_folder, open_variant
 from finetune.model import Base
+from finetune.prepared import Document
 from finetune.run_folder import RunFolder
 
 NUM_ROWS = 32

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data import Document
 from finetune.errors import InputError
 from finetune.files import read_rows
 from finetune.heldout import HeldoutLoss, score
 from finetune.inference import Opened, Sampling, continue_prompts
 from finetune.llama.tokenizer import encode_text
+from finetune.prepared import Document
 from finetune.shapes import Example
 
 GROUP_COLUMNS = ("family", "template")

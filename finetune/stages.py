@@ -70,15 +70,14 @@ def _refuse_other_base(run: RunFolder, fingerprint: str) -> None:
 
 
 def prepare_data(config: RunConfig, run: RunFolder, base: Base, first: bool) -> RunData:
-    """Rows to documents; the ledger is printed and saved."""
-    data = load_data(config, base.tokenizer, base.chat_format)
+    """Rows to documents, prepared by the first rank; the ledger is printed and saved."""
+    with first_rank_first(first):
+        data = load_data(config, base.tokenizer, base.chat_format)
     if first:
         facts = data.as_json()
         _refuse_other_rows(run, facts)
         artifact.write_json(run.path / "data.json", facts)
-        for ledger in data.ledgers:
-            if ledger.num_rows_read:
-                _say("\n".join(ledger.lines()))
+        _say("\n".join(data.lines()))
         _say(show_example(base.tokenizer, data.train[0]))
     return data
 
@@ -116,8 +115,7 @@ def prepare_model(config: RunConfig, base: Base, data: RunData, first: bool) -> 
 
 def _warn_untrained(model: torch.nn.Module, base: Base, data: RunData) -> None:
     """An adapter leaves the embeddings as they are: an id the base never trained stays noise."""
-    used = {token for document in data.train for token in document.input_ids}
-    bare = untrained_ids(model, sorted(used))
+    bare = untrained_ids(model, data.train.used_ids())
     if bare:
         names = ", ".join(map(str, base.tokenizer.convert_ids_to_tokens(bare[:8])))
         more = " …" if len(bare) > 8 else ""
@@ -165,8 +163,9 @@ def describe_steps(parts: Parts, plan: BatchPlan) -> str:
     unit = "packs" if parts.config.data.packing else "rows"
     per_epoch = plan.steps_per_epoch
     total = train.max_steps or math.ceil(per_epoch * (train.num_train_epochs or 1))
-    tokens = sum(len(d.input_ids) for d in parts.data.train)
-    trained = sum(d.num_trained for d in parts.data.train)
+    epoch = [document for pack in plan.packs for document in pack]
+    tokens = int(parts.data.train.lengths[epoch].sum())
+    trained = int(parts.data.train.num_trained[epoch].sum())
     return (
         f"steps    {len(plan.packs):,} {unit} / ({plan.per_device} a device x {plan.accumulation} "
         f"accumulated x {plan.num_ranks} ranks) = {per_epoch:,} steps an epoch; {total:,} steps, "

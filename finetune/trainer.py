@@ -20,11 +20,11 @@ from transformers import Trainer, TrainerControl
 
 from finetune import checkpoint
 from finetune.artifact import staged
-from finetune.data import Document
 from finetune.errors import CannotContinue
 from finetune.fast.loss import IGNORED, Packed, token_losses
 from finetune.heldout import HeldoutLoss, score_rows, total_of
-from finetune.packing import BatchPlan, Documents, PackLoader, PackSampler
+from finetune.packing import BatchPlan, PackLoader, PackSampler, TokenizedRows
+from finetune.prepared import Document, PreparedDocuments
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TrainerInputs:
         eval_batch_size: documents in one forward pass of the held-out loss.
     """
 
-    train: Sequence[Document]
+    train: PreparedDocuments
     heldout: Sequence[Document]
     plan: BatchPlan
     seed: int
@@ -71,9 +71,9 @@ class OurSeams(Trainer):
 
     def get_train_dataloader(self) -> PackLoader:
         """This rank's micro-batches; accelerate's own sharding would repeat or lose rows."""
-        documents = [(d.input_ids, d.train_mask) for d in self.ours.train]
+        train = self.ours.train
         sampler = PackSampler(self.ours.plan, self.ours.seed, self.args.process_index)
-        return PackLoader(Documents(documents, filler_id=0), sampler)
+        return PackLoader(TokenizedRows(train.pair, len(train), filler_id=0), sampler)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device

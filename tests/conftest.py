@@ -24,6 +24,18 @@ train: {{max_steps: 1}}
 """
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What tests prepare and convert is kept for the session, and not in the user's cache."""
+    before = os.environ.get("FINETUNE_CACHE")
+    os.environ["FINETUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["FINETUNE_CACHE"]
+    else:
+        os.environ["FINETUNE_CACHE"] = before
+
+
 @pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
     """`shared("tokenizers/llama2/tokenizer.model")`: the path, or a skip naming it."""

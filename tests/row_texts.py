@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune.overlap import RowText
-from finetune.rows import Example, read_examples
+from finetune.shapes import Example, read_examples
 
 
 def row_text(example: Example) -> RowText:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data import Document, RunData, load_data, load_heldout
-from finetune.errors import InputError
+from finetune.data import RunData, load_data, load_heldout
+from finetune.errors import CheckFailed, InputError
 from finetune.fast.loss import IGNORED
 from finetune.ledger import Ledger
 from finetune.llama.chat import FORMATS
 from finetune.llama.tokenizer import encode_text
-from finetune.packing import BatchPlan, Documents, PackLoader, PackSampler, best_fit
+from finetune.packing import BatchPlan, PackLoader, PackSampler, TokenizedRows, best_fit
+from finetune.prepared import Document
 
 NANO = FORMATS["nano"]
 ROWS = Path(__file__).resolve().parents[1] / "assets" / "llama-nano" / "data"
@@ -71,7 +72,7 @@ def test_documents_are_the_rendered_rows_in_order(loaded, file, nano_tokenizer):
         assert document.example.where.endswith(f"train.jsonl:{number}")
         answer = encode_text(nano_tokenizer, given["messages"][1]["content"])
         assert document.num_trained == len(answer) + 1
-    assert data.heldout == []
+    assert len(data.heldout) == 0
 
 
 def test_the_ledger_counts_every_row_and_token(loaded, file, nano_tokenizer):
@@ -97,8 +98,17 @@ def test_the_ledger_counts_every_row_and_token(loaded, file, nano_tokenizer):
             "with an empty answer among its answers": [f"{path}:4"],
             "longer than data.max_length (40 tokens)": [f"{path}:6"],
         },
-        "length_median": sorted(map(len, masks[:2]))[1],
+        "rows_shortened": 0,
+        "turns_lost": 0,
+        "shortened": [],
+        "suspicious": {
+            "empty answer": [f"{path}:2", f"{path}:3"],
+            "outer white space": [f"{path}:3", f"{path}:6"],
+        },
+        "duplicates": [],
+        "length_median": min(map(len, masks[:2])),
         "length_max": max(map(len, masks[:2])),
+        "length_histogram": [(16, 1), (32, 1)],
         "notes": [f"{path}: 6 rows of format messages"],
     }
     text = "\n".join(ledger.lines())
@@ -120,7 +130,7 @@ def test_ledger_totals_are_the_totals_of_the_batches(loaded, file, train_on, pac
     lengths = lengths_of(data.train)
     packs = best_fit(lengths, 64, seed=0) if packing else [[n] for n in range(len(lengths))]
     plan = BatchPlan(packs, per_device=3, accumulation=1, num_ranks=2)
-    documents = Documents([(d.input_ids, d.train_mask) for d in data.train], filler_id=0)
+    documents = TokenizedRows(data.train.pair, len(data.train), filler_id=0)
     trained = context = fillers = 0
     for rank in range(2):
         for batch in PackLoader(documents, PackSampler(plan, 0, rank)):
@@ -232,12 +242,29 @@ def test_a_fraction_that_holds_nothing_out_is_refused(loaded, file):
     assert finding.startswith("data.heldout_fraction: 0.0001 of 3 rows holds none out")
 
 
-def test_held_out_rows_that_are_trained_on_are_noted(loaded, file):
+def test_held_out_rows_that_are_trained_on_stop_the_run_unless_waived(loaded, file):
     train, heldout = file(rows_of(20)), file(rows_of(23)[17:], "heldout.jsonl")
-    data = loaded(train, f"data.heldout={heldout}")
-    (note,) = [n for n in data.ledgers[1].notes if "in the training data too" in n]
-    assert note.startswith("3 rows")
-    assert f"{heldout}:3" in note and f"{heldout}:4" not in note
+    with pytest.raises(CheckFailed) as caught:
+        loaded(train, f"data.heldout={heldout}")
+    said = str(caught.value)
+    assert "3 held-out rows are trained on" in said and "data.on_overlap: drop" in said
+    assert f"{heldout}:3: exact {train}:20" in said and f"{heldout}:4" not in said
+
+    kept = loaded(train, f"data.heldout={heldout}", "data.on_overlap=allow")
+    assert len(kept.heldout) == 6
+    assert any(n.startswith("3 rows are in the training data too") for n in kept.ledgers[1].notes)
+
+    rest = loaded(train, f"data.heldout={heldout}", "data.on_overlap=drop")
+    assert [d.example.where for d in rest.heldout] == [f"{heldout}:{n}" for n in (4, 5, 6)]
+    ledger = rest.ledgers[1]
+    assert ledger.dropped == {"exact in the training data": [f"{heldout}:{n}" for n in (1, 2, 3)]}
+    assert (ledger.num_rows_read, ledger.num_rows_kept) == (6, 3)
+    assert ledger.num_tokens_trained == sum(d.num_trained for d in rest.heldout)
+    assert ledger.num_documents == 3
+    assert ledger.num_tokens_dropped == sum(map(len, (d.input_ids for d in kept.heldout[:3])))
+    hashes = [data.as_json()["documents_sha256"] for data in (kept, rest)]
+    assert hashes[0] != hashes[1]
+    assert [len(data.as_json()["overlap"]) for data in (kept, rest)] == [3, 3]
 
 
 @pytest.mark.parametrize(
@@ -302,10 +329,11 @@ def test_conversations_in_another_order_are_refused_with_their_place(loaded, fil
 
 def test_the_hash_of_documents_sees_ids_masks_and_sides(loaded, file):
     path = file(rows_of(6))
-    seen = [loaded(path), loaded(path, "data.train_on=all"), loaded(file(rows_of(7)))]
-    moved = loaded(path)
-    seen.append(RunData(moved.train[:3], moved.train[3:], moved.ledgers, moved.file_hashes))
-    seen.append(RunData(moved.train[:4], moved.train[4:], moved.ledgers, moved.file_hashes))
+    seen = [loaded(path), loaded(path, "data.train_on=all")]
+    seen.append(loaded(file(rows_of(7), "seven.jsonl")))
+    for number in (3, 4):
+        front, back = file(rows_of(6)[:number], "front.jsonl"), file(rows_of(6)[number:], "b.jsonl")
+        seen.append(loaded(front, f"data.heldout={back}"))
     hashes = [data.as_json()["documents_sha256"] for data in seen]
     assert len(set(hashes)) == len(hashes)
     assert loaded(file(rows_of(6))).as_json()["documents_sha256"] == hashes[0]
@@ -317,7 +345,8 @@ def test_held_out_files_are_rendered_as_the_runs_own(config_of, loaded, file, na
     documents, ledger = load_heldout(
         heldout, config_of(train, "data.max_length=64"), nano_tokenizer, NANO
     )
-    assert documents == data.heldout
+    assert documents == data.heldout[:]
+    ledger.notes = data.ledgers[1].notes
     assert ledger.as_json() == data.ledgers[1].as_json()
 
 

@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tolerances import HELDOUT_BATCHES, HELDOUT_REFERENCE, HELDOUT_ROWS
 
-from finetune.data import Document
 from finetune.errors import CannotContinue, InputError
 from finetune.fast.loss import IGNORED, pack, token_losses
 from finetune.heldout import HeldoutLoss, evaluating, score, score_rows, total_of
+from finetune.prepared import Document
 from finetune.shapes import Example
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from finetune.packing import (
     FILLER,
     BatchPlan,
-    Documents,
     PackLoader,
     PackSampler,
+    TokenizedRows,
     best_fit,
 )
 
@@ -149,7 +149,7 @@ def test_an_epochs_order_is_a_function_of_seed_and_epoch():
     assert len({str(order) for order in orders.values()}) == 6
 
 
-DOCUMENTS = Documents([([1, 10 + n, 20 + n], [False, False, True]) for n in range(49)], filler_id=7)
+DOCUMENTS = TokenizedRows(lambda n: ([1, 10 + n, 20 + n], [False, False, True]), 49, filler_id=7)
 
 
 def test_the_loader_gives_the_samplers_micro_batches():
@@ -186,4 +186,4 @@ def test_a_filler_is_one_token_that_is_not_trained():
         assert batch["input_ids"].tolist() == [[7]]
         assert batch["position_ids"].tolist() == [[0]]
         assert batch["labels"].tolist() == [[-100]]
-    assert Documents([([1], [True])], filler_id=0)[FILLER] == ([0], [False])
+    assert TokenizedRows(lambda n: ([1], [True]), 1, filler_id=0)[FILLER] == ([0], [False])

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from finetune import preview
-from finetune.data import Document, load_data
+from finetune.data import load_data
 from finetune.errors import InputError
 from finetune.fast.loss import IGNORED, pack
 from finetune.llama.chat import FORMATS
+from finetune.prepared import Document
 from finetune.shapes import Example
 
 ROWS = Path(__file__).resolve().parents[1] / "assets" / "llama-nano" / "data" / "train.jsonl"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from finetune.config.data import COLUMNS
 from finetune.config.train import SCHEDULER_KWARGS
 from finetune.errors import InputError
 from finetune.llama.architecture import HUB_IDS, Architecture, architecture_of
@@ -69,6 +70,13 @@ DEPENDENCES = (
         "with train.optim: sgd",
     ),
     Dependence(
+        "data",
+        ("on_overlap",),
+        lambda config: bool(config.data.heldout) or config.data.heldout_fraction is not None,
+        "data.heldout",
+        "without held-out rows (data.heldout or data.heldout_fraction)",
+    ),
+    Dependence(
         "train",
         ("eval_steps",),
         lambda config: bool(config.data.heldout) or config.data.heldout_fraction is not None,
@@ -103,8 +111,16 @@ def without_effect(config: RunConfig) -> dict[str, Dependence]:
 
 
 _FORMATS = {
-    "sft": ("auto", "alpaca", "messages", "prompt_completion"),
+    "sft": ("auto", *(name for name in COLUMNS if name != "text")),
     "pretrain": ("auto", "text"),
+}
+_OVERFLOW = {
+    "sft": ("drop", "error", "truncate_history"),
+    "pretrain": ("drop", "error", "split"),
+}
+_OVERFLOW_WHY = {
+    "split": "a split conversation loses its question",
+    "truncate_history": "plain text has no turns to leave out",
 }
 
 
@@ -117,6 +133,7 @@ def find_conflicts(config: RunConfig) -> list[Conflict]:
         _adapter,
         _sources,
         _overflow,
+        _weights,
         _length,
         _schedule,
         _precision,
@@ -214,12 +231,27 @@ def _sources(config: RunConfig) -> Iterator[Conflict]:
 
 
 def _overflow(config: RunConfig) -> Iterator[Conflict]:
-    if config.recipe == "sft" and config.data.on_overflow == "split":
+    policy, allowed = config.data.on_overflow, _OVERFLOW[config.recipe]
+    if policy not in allowed:
         yield Conflict(
             ("data.on_overflow", "recipe"),
-            "found split with recipe sft; a split conversation loses its question:"
-            " allowed: drop, error (split is for recipe pretrain)",
+            f"found {policy} with recipe {config.recipe}; {_OVERFLOW_WHY[policy]}: allowed: "
+            f"{', '.join(allowed)}",
         )
+
+
+def _weights(config: RunConfig) -> Iterator[Conflict]:
+    weights = [source.weight for source in config.data.train]
+    if None in weights and any(weight is not None for weight in weights):
+        bare = ", ".join(s.path for s in config.data.train if s.weight is None)
+        yield Conflict(
+            ("data.train",),
+            f"found a weight for some sources and none for {bare}; allowed: a weight for every "
+            "source, or for none",
+        )
+    if any(source.weight is not None for source in config.data.heldout):
+        message = "found a weight; held-out rows are all scored, once each"
+        yield Conflict(("data.heldout",), message)
 
 
 def _length(config: RunConfig) -> Iterator[Conflict]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from finetune.config.section import Section, Text, as_tuple
+
+HUB_PREFIX = "hf://datasets/"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output", "system", "history"),
@@ -25,7 +29,8 @@ class Source(Section):
 
     path: Text
     """A .json, .jsonl, .ndjson, .csv, .tsv, .parquet or .txt file (.gz as well, but for parquet), a
-    folder of such files, or a pattern (data/*.jsonl); relative to the working directory."""
+    folder of such files, or a pattern (data/*.jsonl); relative to the working directory. Or a
+    dataset of the hub: hf://datasets/owner/name."""
 
     format: Literal[
         "auto",
@@ -39,8 +44,39 @@ class Source(Section):
     ] = "auto"
     """What the rows look like; `auto` decides by the columns of the first row."""
 
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of this source in every epoch, by trained tokens, relative to the other sources'. Null
+    for all: every row once an epoch."""
+
+    split: Text | None = None
+    """Which split of a dataset of the hub; needed there."""
+
+    revision: Text | None = None
+    """Branch, tag or commit hash of a dataset of the hub; null is its `main`."""
+
     columns: dict[str, Text] | None = None
     """Names of the file's columns where they differ: {instruction: question, output: answer}."""
+
+    @property
+    def hub_dataset(self) -> str | None:
+        """`owner/name` where the path is a dataset of the hub."""
+        is_hub = self.path.startswith(HUB_PREFIX)
+        return self.path.removeprefix(HUB_PREFIX) if is_hub else None
+
+    @model_validator(mode="after")
+    def _hub_settings(self) -> Source:
+        if self.hub_dataset is None:
+            idle = [name for name in ("split", "revision") if getattr(self, name) is not None]
+            if idle:
+                raise ValueError(
+                    f"{', '.join(idle)} has no effect on {self.path}; allowed with a dataset of the"
+                    f" hub ({HUB_PREFIX}owner/name)"
+                )
+        elif not _HUB_ID.fullmatch(self.hub_dataset) or self.split is None:
+            raise ValueError(
+                f"{self.path} needs owner/name after {HUB_PREFIX}, and a split: {{path, split}}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _known_columns(self) -> Source:
@@ -98,9 +134,14 @@ class DataSection(Section):
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 2048
     """Longest example, and length of a pack, in tokens."""
 
-    on_overflow: Literal["drop", "error", "split"] = "drop"
-    """What happens to a longer example: dropped and counted, refused, or (recipe pretrain) split
-    into pieces of max_length."""
+    on_overflow: Literal["drop", "error", "split", "truncate_history"] = "drop"
+    """What happens to a longer example: dropped and counted, refused, split into pieces of
+    max_length (recipe pretrain), or shortened by its oldest turns (recipe sft); an answer is never
+    cut."""
+
+    on_overlap: Literal["error", "drop", "allow"] = "error"
+    """What happens to held-out rows that the training rows have too, or almost: the run is refused,
+    they are dropped from the held-out side and counted, or they are kept and reported."""
 
     packing: bool = True
     """Put several examples into one pack of max_length tokens; they cannot see each other."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -39,15 +40,14 @@ class Packed:
 
 def pack(documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Packed:
     """Lays documents, each `(ids, train mask)`, end to end in one row."""
-    ids = [token for document, _ in documents for token in document]
-    labels = [
-        token if trained and position > 0 else IGNORED
-        for document, mask in documents
-        for position, (token, trained) in enumerate(zip(document, mask, strict=True))
-    ]
+    ids = np.concatenate([np.asarray(document, np.int64) for document, _ in documents])
+    trained = np.concatenate([np.asarray(mask, np.bool_) for _, mask in documents])
+    assert len(ids) == len(trained), "a document has a mask for each of its ids"
     lengths = [len(document) for document, _ in documents]
-    positions = [position for length in lengths for position in range(length)]
-    return Packed(torch.tensor([ids]), torch.tensor([positions]), torch.tensor([labels]), lengths)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    labels = np.where(trained & (positions > 0), ids, IGNORED)
+    rows = [torch.from_numpy(row).unsqueeze(0) for row in (ids, positions, labels)]
+    return Packed(rows[0], rows[1], rows[2], lengths)
 
 
 def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,20 @@ from finetune.errors import InputError
 MAX_FINDINGS = 20
 
 
+class RowsRefused(InputError):
+    """Rows that are refused: the first of them by name, and how many there are.
+
+    Args:
+        named: a finding each.
+        total: how many there are, named or not.
+    """
+
+    def __init__(self, named: Sequence[str], total: int) -> None:
+        self.named, self.total = list(named), total
+        rest = total - len(self.named)
+        super().__init__([*self.named, *([f"and {rest} more rows"] if rest else [])])
+
+
 class Findings:
     """Findings of one file: the first 20 as sentences, the others as a number.
 
@@ -29,17 +43,22 @@ class Findings:
         if len(self.named) < MAX_FINDINGS:
             self.named.append(finding)
 
+    def absorb(self, error: InputError) -> None:
+        """Notes the findings of an error, those that it only counts included."""
+        named = error.named if isinstance(error, RowsRefused) else error.findings
+        for finding in named:
+            self.add(finding)
+        if isinstance(error, RowsRefused):
+            self.total += error.total - len(error.named)
+
     def refuse(self) -> None:
         """Raises what was found, if anything was.
 
         Raises:
             InputError: there are findings.
         """
-        if not self.total:
-            return
-        rest = self.total - len(self.named)
-        more = [f"and {rest} more rows"] if rest else []
-        raise InputError([*self.named, *more])
+        if self.total:
+            raise RowsRefused(self.named, self.total)
 
 
 def refuse(findings: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from finetune import artifact
+from finetune.cache import remembered_sha256
 from finetune.errors import CannotContinue, InputError
 from finetune.llama.architecture import to_llama_config
 from finetune.llama.hyperparameters import Architecture
@@ -105,7 +106,7 @@ def cached_import(source: Path, cache_root: Path, tokenizer: Path | None = None)
     """
     tokenizer = tokenizer or _tokenizer_beside(source)
     files = [source / PARAMS, *read_checkpoint(source).shards, *_files_of(tokenizer)]
-    digest = artifact.sha256_of_json([_remembered_sha256(file, cache_root) for file in files])
+    digest = artifact.sha256_of_json([remembered_sha256(file, cache_root) for file in files])
     out = cache_root / f"{source.resolve().name}-{digest[:16]}"
     if not out.exists():
         try:
@@ -206,21 +207,6 @@ def _files_of(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     return sorted(p for p in path.iterdir() if p.is_file() and p.name.startswith(("token", "spec")))
-
-
-def _remembered_sha256(file: Path, cache_root: Path) -> str:
-    """The content's hash, from memory where size and time of change are those of last time."""
-    file = file.resolve()
-    stat = file.stat()
-    key = artifact.sha256_of_json([str(file), stat.st_size, stat.st_mtime_ns])
-    note = cache_root / "hashes" / f"{key}.json"
-    if note.exists():
-        digest: str = artifact.read_json(note)["sha256"]
-        return digest
-    digest = artifact.sha256_of(file)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    artifact.write_json(note, {"file": str(file), "sha256": digest})
-    return digest
 
 
 def main(argv: list[str]) -> int:

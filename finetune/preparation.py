@@ -1,0 +1,309 @@
+"""Files to a folder of documents: read, rendered and checked once, then found by its content.
+
+    sources -> files -> examples -> documents, side by side -> duplicates, overlap -> published
+
+The folder's name is a hash of all that decides its content: the bytes of the files, tokenizer,
+prompt format and settings. It is staged and renamed, so that an interrupted preparation leaves
+nothing that is taken for one. Memory holds a block of rows, not the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedTokenizerFast
+
+from finetune import artifact
+from finetune.artifact import sha256_of_json
+from finetune.cache import cache_root, remembered_sha256
+from finetune.config import RunConfig
+from finetune.config.data import Source
+from finetune.errors import CannotContinue, CheckFailed, InputError
+from finetune.files import find_files
+from finetune.files.findings import Findings
+from finetune.ledger import Ledger
+from finetune.llama.chat import ChatFormat
+from finetune.llama.tokenizer import fingerprint
+from finetune.overlap import DuplicateFinder, RowText, overlap
+from finetune.prepared import DocumentWriter, PreparedDocuments
+from finetune.rendering import Outcome, Renderer
+from finetune.shapes import Example, read_examples
+from finetune.suspicion import CHECKS
+
+VERSION = 1  # of what a folder holds; another one is prepared again
+BLOCK = 1000  # rows that are rendered together
+SIDES = ("train", "heldout")
+# What of `data:` has no influence on the documents.
+_LATER = {"packing", "on_overlap", "train", "heldout"}
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source.
+
+    Attributes:
+        side: train or heldout.
+        number: index of the source on its side.
+        source: how to read it.
+        path: the file.
+        sha256: of its content.
+    """
+
+    side: str
+    number: int
+    source: Source
+    path: Path
+    sha256: str
+
+
+def source_files(config: RunConfig) -> tuple[list[SourceFile], list[str]]:
+    """Every file of a config's data, in order, and what is wrong with sources that have none."""
+    found: list[SourceFile] = []
+    findings: list[str] = []
+    for side in SIDES:
+        for number, source in enumerate(getattr(config.data, side)):
+            try:
+                paths = find_files(str(located(source)))
+            except InputError as error:
+                findings += error.findings
+                continue
+            found += [SourceFile(side, number, source, p, remembered_sha256(p)) for p in paths]
+    return found, findings
+
+
+def located(source: Source) -> Path:
+    """Where the rows of a source lie; a dataset of the hub is fetched first."""
+    if source.hub_dataset is None:
+        return Path(source.path)
+    from finetune.hub import download_dataset
+
+    assert source.split is not None, "the config asks for it"
+    return download_dataset(source.hub_dataset, source.split, source.revision, cache_root())
+
+
+def prepare(
+    config: RunConfig,
+    files: Sequence[SourceFile],
+    tokenizer: PreTrainedTokenizerFast,
+    chat_format: ChatFormat | None,
+    findings: Sequence[str] = (),
+) -> Path:
+    """The folder of a config's documents; made where there is none yet.
+
+    Args:
+        findings: what is wrong already; it is raised with what the files' rows add to it.
+
+    Raises:
+        InputError: rows that cannot be read or rendered; all of them, up to 20 a file.
+        CannotContinue: the disk refused.
+    """
+    facts = _facts(config, files, tokenizer, chat_format)
+    folder = cache_root() / "data" / sha256_of_json(facts)[:32]
+    if findings:
+        folder = folder.with_name(f"{folder.name}-refused")
+    if folder.exists() and not _is_whole(folder):
+        artifact.remove(folder)
+    if not folder.exists():
+        renderer = Renderer(config.data, tokenizer, chat_format)
+        try:
+            with artifact.staged(folder, facts) as stage:
+                _Preparation(config, renderer, stage, len(tokenizer), findings).run(files)
+        except (InputError, CannotContinue):
+            if not folder.exists():  # else another process was faster
+                raise
+    return folder
+
+
+def _facts(
+    config: RunConfig,
+    files: Sequence[SourceFile],
+    tokenizer: PreTrainedTokenizerFast,
+    chat_format: ChatFormat | None,
+) -> dict[str, Any]:
+    """All that decides what the folder holds."""
+    settings = config.data.model_dump(mode="json", exclude=_LATER)
+    return {
+        "kind": "data",
+        "version": VERSION,
+        "recipe": config.recipe,
+        "settings": settings,
+        "tokenizer": fingerprint(tokenizer),
+        "chat_format": chat_format and {"name": chat_format.name, "date": chat_format.date_string},
+        "files": [
+            {
+                "side": file.side,
+                "source": file.number,
+                "path": str(file.path),  # rows are named by it
+                "sha256": file.sha256,
+                "read_as": file.source.model_dump(mode="json", include={"format", "columns"}),
+            }
+            for file in files
+        ],
+    }
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a prepared folder is as it was published; says so aloud where it is not."""
+    try:
+        files = artifact.read_manifest(folder)["files"]
+        changed = [
+            name
+            for name, entry in files.items()
+            if not (folder / name).is_file()
+            or (folder / name).stat().st_size != entry["bytes"]
+            or remembered_sha256(folder / name) != entry["sha256"]
+        ]
+    except CheckFailed as error:
+        changed = [str(error)]
+    if changed:
+        print(f"data     {folder}: {changed[0]} is damaged; prepared again", file=sys.stderr)
+    return not changed
+
+
+class _Preparation:
+    """One preparation: both sides written, counted and compared."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        renderer: Renderer,
+        stage: Path,
+        vocab_size: int,
+        findings: Sequence[str],
+    ) -> None:
+        self._config, self._renderer, self._stage = config, renderer, stage
+        self._vocab_size = vocab_size
+        self._ledgers = {side: Ledger(side) for side in SIDES}
+        self._findings = Findings()
+        for finding in findings:
+            self._findings.add(finding)
+        self._duplicates = {side: DuplicateFinder() for side in SIDES}
+
+    def run(self, files: Sequence[SourceFile]) -> None:
+        with contextlib.ExitStack() as stack:
+            self._writers = {
+                side: stack.enter_context(DocumentWriter(self._stage / side, self._vocab_size))
+                for side in SIDES
+            }
+            self._progress = stack.enter_context(_progress())
+            self._task = self._progress.add_task("data", total=None)
+            for file in files:
+                self._read(file)
+            self._findings.refuse()
+        for side, ledger in self._ledgers.items():
+            ledger.duplicates = [asdict(group) for group in self._duplicates[side].groups()]
+            if ledger.num_rows_split:
+                limit = self._config.data.max_length
+                ledger.notes.append(
+                    f"{ledger.num_rows_split:,} rows longer than data.max_length ({limit} tokens) "
+                    "are split"
+                )
+        self._compare_sides()
+        states = {side: ledger.state() for side, ledger in self._ledgers.items()}
+        artifact.write_json(self._stage / "ledgers.json", states)
+
+    def _read(self, file: SourceFile) -> None:
+        num_rows = 0
+        try:
+            shape, examples = read_examples(file.path, file.source.format, file.source.columns)
+            self._refuse_other_kind(file, shape)
+            if file.number:
+                examples = (dataclasses.replace(e, source=file.number) for e in examples)
+            for block in _blocks(examples, BLOCK):
+                num_rows += len(block)
+                self._render(file, block)
+                self._progress.advance(self._task, len(block))
+        except InputError as error:
+            self._findings.absorb(error)
+            return
+        note = f"{file.path}: {num_rows:,} rows of format {shape}"
+        self._ledgers[file.side].notes.append(note)
+
+    def _refuse_other_kind(self, file: SourceFile, shape: str) -> None:
+        recipe = self._config.recipe
+        if (shape == "text") != (recipe == "pretrain"):
+            wanted = "plain text (a text column)" if recipe == "pretrain" else "conversations"
+            raise InputError(f"{file.path}: holds {shape}; recipe {recipe} trains on {wanted}")
+
+    def _render(self, file: SourceFile, block: Sequence[Example]) -> None:
+        for example, outcome in zip(block, self._renderer(block), strict=True):
+            side = self._side_of(file, example)
+            self._count(side, example, outcome)
+            if outcome.refused:
+                self._findings.add(outcome.refused)
+            self._writers[side].add(outcome.documents)
+
+    def _side_of(self, file: SourceFile, example: Example) -> str:
+        """By a hash of the conversation, so that a row never changes sides between runs."""
+        fraction = self._config.data.heldout_fraction
+        if fraction is None:
+            return file.side
+        content = sha256_of_json([example.messages, example.text])
+        return "heldout" if int(content[:16], 16) / 2**64 < fraction else "train"
+
+    def _count(self, side: str, example: Example, outcome: Outcome) -> None:
+        ledger = self._ledgers[side]
+        ledger.num_rows_read += 1
+        if outcome.dropped is not None:
+            ledger.drop(outcome.dropped, example.where, outcome.num_tokens_lost)
+        elif outcome.documents:
+            ledger.keep(*(document.train_mask for document in outcome.documents))
+            if outcome.num_turns_lost:
+                ledger.shorten(example.where, outcome.num_turns_lost, outcome.num_tokens_lost)
+            ledger.num_rows_split += outcome.is_split
+        text = row_text(example)
+        self._duplicates[side].add(text)
+        for check in CHECKS:
+            if check.holds(text):
+                ledger.suspect(check.name, example.where)
+
+    def _compare_sides(self) -> None:
+        """Held-out rows that the training side has too."""
+        train, heldout = (PreparedDocuments(self._stage / side) for side in SIDES)
+        found = []
+        if len(heldout):
+            held = [row_text(heldout.example(i)) for i in range(len(heldout))]
+            trained = (row_text(train.example(i)) for i in range(len(train)))
+            found = [asdict(finding) for finding in overlap(trained, held)]
+        artifact.write_json(self._stage / "overlap.json", found)
+
+
+def row_text(example: Example) -> RowText:
+    """The texts of an example as the data checks compare them."""
+    if not example.messages:
+        return RowText(example.where, "", example.text)
+    texts: dict[bool, list[str]] = {True: [], False: []}
+    for message in example.messages:
+        texts[message["role"] == "assistant"].append(_text_of(message))
+    prompt, answer = ("\n\n".join(filter(None, texts[side])) for side in (False, True))
+    return RowText(example.where, prompt, answer)
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    calls = message.get("tool_calls")
+    return f"{text or ''}{json.dumps(calls, ensure_ascii=False)}" if calls else text
+
+
+def _blocks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    iterator = iter(examples)
+    while block := list(itertools.islice(iterator, size)):
+        yield block
+
+
+def _progress() -> Progress:
+    """Rows so far, on stderr, only where someone watches."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
