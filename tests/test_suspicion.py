@@ -103,6 +103,7 @@ def test_every_check_has_a_row_above():
         ("googol", "1" + "0" * 100),
         ("table", "| a | b |\n|" + "-" * 100 + "|\n| 1 | 2 |"),
         ("code", "}" + "\n}" * 12),
+        ("code", "end;" + "\nend;" * 12),
         ("matrix", "1 0 0 0 0 0 0 0" + "\n1 0 0 0 0 0 0 0" * 9),
         ("song", "Row your boat!" + "\nRow your boat!" * 4),
         ("Who are you?", "I'm a language model called Plum, trained by many people."),
@@ -146,6 +147,7 @@ TRICKY = [
     "MAÇÃ”, MANHÃ…, IRMû, “Ã”, «Â», FRANÇÂ’",
     "voilà\xa0» — déjà\xa0«\xa0vu", "é”… and é…” and à…»", "“CAFÉ”, “É”, É…",
     "pipe of Ø½” and Ø¾", "10 Å², 5 kcal/molÅ², Ö²", "3 ×² and 2×³", "Spaß”, Spaß…, ß»",
+    "Ä–Ö–Ü, «Ä»…, Ñ…Ö…", "“Café™” and “Bébé®…”",
     "Â", "Ã", "â", "Ça va ? ÇA VA… À…",
 ]  # fmt: skip
 
