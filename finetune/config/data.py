@@ -10,8 +10,8 @@ from finetune.config.section import Section, Text, as_tuple
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output", "system", "history"),
-    "sharegpt": ("conversations", "system", "tools"),
     "messages": ("messages", "tools"),
+    "sharegpt": ("conversations", "system", "tools"),
     "prompt_completion": ("prompt", "completion", "tools"),
     "question_answer": ("question", "answer"),
     "seed_tasks": ("instruction", "instances"),
@@ -30,8 +30,8 @@ class Source(Section):
     format: Literal[
         "auto",
         "alpaca",
-        "sharegpt",
         "messages",
+        "sharegpt",
         "prompt_completion",
         "question_answer",
         "seed_tasks",
