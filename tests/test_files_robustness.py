@@ -263,6 +263,32 @@ def test_a_window_may_end_anywhere_in_an_array(tmp_path, shift):
     assert columns_of(written(tmp_path / "x.json", content)) == rows
 
 
+@pytest.mark.parametrize("shift", range(-40, 40))
+def test_a_number_that_the_window_cuts_is_one_finding(tmp_path, shift):
+    filler = json.dumps({"text": "x" * (_CHUNK - 60 + shift)})
+    path = written(tmp_path / "x.json", f'[{filler},-12345.67890e-10,{{"a": 1}}]'.encode())
+    findings = Findings()
+    rows = list(iter_rows(path, findings))
+    assert [row.where for row in rows] == [f"{path}:1", f"{path}:3"]
+    assert findings.named == [f"{path}:2: is a number; expected an object with columns"]
+
+
+@pytest.mark.parametrize("break_after", [None, 5, 200_000])
+def test_a_syntax_error_far_in_is_placed_by_line_and_column(tmp_path, break_after):
+    row = '{"text": "some words"}'
+    content = "[" + f"{row}," * 30_000
+    if break_after is not None:
+        at = content.index(",", break_after) + 1
+        content = content[:at] + "\n" + content[at:]
+    wrong = content + '{"text" 5}]'
+    with pytest.raises(json.JSONDecodeError) as caught:
+        json.loads(wrong)
+    with pytest.raises(InputError) as refused:
+        columns_of(written(tmp_path / "x.json", wrong.encode()))
+    place = f"line {caught.value.lineno}, column {caught.value.colno}"
+    assert refused.value.findings[0].endswith(f":30001: is not JSON: {caught.value.msg} ({place})")
+
+
 def chunks(num_mib: int, kind: str) -> Iterator[bytes]:
     """A file of many rows, its texts of every length up to 20 KB."""
     source = random.Random(0)

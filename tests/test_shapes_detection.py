@@ -67,8 +67,11 @@ def test_preference_data_further_down_is_refused_too(file):
 
 
 def test_preferences_that_are_no_conversation_are_refused_without_a_proposal(file):
-    (finding,) = refusal(file([{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "x"}]))
-    assert "its chosen column is no conversation" in finding
+    for chosen in ("\n\nHuman: Hi\n\nAssistant: Hello", [{"role": []}], 5, ["x"], {}):
+        (finding,) = refusal(file([{"chosen": chosen, "rejected": "x"}]))
+        assert "preference data (chosen, rejected); to train on the chosen answer, " in finding
+        is_list_of_messages = chosen == [{"role": []}]
+        assert ("its chosen column is no conversation" in finding) != is_list_of_messages
 
 
 @pytest.mark.parametrize(

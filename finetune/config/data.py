@@ -14,8 +14,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output", "system", "history"),
-    "sharegpt": ("conversations", "system", "tools"),
     "messages": ("messages", "tools"),
+    "sharegpt": ("conversations", "system", "tools"),
     "prompt_completion": ("prompt", "completion", "tools"),
     "question_answer": ("question", "answer"),
     "seed_tasks": ("instruction", "instances"),
@@ -35,8 +35,8 @@ class Source(Section):
     format: Literal[
         "auto",
         "alpaca",
-        "sharegpt",
         "messages",
+        "sharegpt",
         "prompt_completion",
         "question_answer",
         "seed_tasks",

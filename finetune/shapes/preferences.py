@@ -14,7 +14,7 @@ Reading = tuple[str, dict[str, str]]
 _FLAGS = ("kto_tag", "label")
 _CONVERSATIONS = ("conversations", "conversation", "messages", "prompt")
 _QUESTIONS = ("question", "query")
-_ASSISTANT = {"assistant", "gpt", "chatgpt", "bing"}
+_ASSISTANT = ("assistant", "gpt", "chatgpt", "bing")
 
 
 def as_yaml(reading: Reading) -> str:

@@ -143,7 +143,7 @@ def test_wrong_values(tmp_path, override, found, allowed):
         (["data.on_overflow=split"], "data.on_overflow", "allowed: drop, error"),
         (["data.heldout=h", "data.heldout_fraction=0.1"], "data.heldout_fraction", "at most one"),
         (["data.heldout=./rows.jsonl"], "data.heldout", "in data.train as well"),
-        (["data.train={path: a, columns: {questoin: q}}"], "data.train", "allowed: instruction"),
+        (["data.train={path: a, columns: {quest: q}}"], "data.train", "allowed: instruction"),
         (["train.max_steps=3", "train.num_train_epochs=1"], "train.max_steps", "exactly one"),
         (["train.eval_steps=5"], "train.eval_steps", "no effect without held-out rows"),
         (["eval.max_new_tokens=5"], "eval.max_new_tokens", "no effect without a task"),
