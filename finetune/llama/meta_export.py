@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ from finetune.llama.meta_layout import (
     num_rotated_heads,
     weights_of,
 )
+from finetune.llama.pth_stream import pth_file
+from finetune.llama.safetensors_stream import DTYPES, Planned
 from finetune.llama.tiktoken_file import looks_like_tiktoken
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 ORIGINAL = "original"  # where the hub's Llama folders keep Meta's own files
 TOKENIZER = "tokenizer.model"
 _TABLES = "rotary_emb.inv_freq"  # old folders store RoPE's table; it follows from the config
+_DTYPES = {stored: ours for ours, stored in DTYPES.items()}
 
 
 def export_checkpoint(
@@ -42,6 +47,8 @@ def export_checkpoint(
 ) -> None:
     """Converts a Hugging Face folder to Meta's layout: the inverse of `import_checkpoint`.
 
+    Memory holds one weight, whatever the number of shards.
+
     Args:
         hf_folder: a Llama with safetensors.
         out: the folder to write; must not exist.
@@ -53,8 +60,6 @@ def export_checkpoint(
     Raises:
         InputError: not a Llama that Meta's layout can express, or not cut evenly so.
     """
-    import torch
-
     if num_shards < 1:
         raise InputError(f"num_shards: {num_shards} is not allowed; it must be at least 1")
     arch = from_llama_config(artifact.read_json(hf_folder / "config.json"))
@@ -66,19 +71,26 @@ def export_checkpoint(
     if uneven:
         raise InputError(f"num_shards: {num_shards} does not cut {uneven[:3]} into equal parts")
     params = _params(hf_folder, arch)
-    files = _stored_weights(hf_folder, arch, weights)
+    stored = _stored_weights(hf_folder, arch, weights)
     with artifact.staged(out, {"kind": "export", "format": "meta"}) as folder:
-        for shard in range(num_shards):
-            parts = ((w, _part(files, arch, w, shard, num_shards)) for w in weights)
-            state = {weight.meta: part for weight, part in parts}
-            torch.save(state, folder / f"consolidated.{shard:02d}.pth")
+        _write_shards(folder, arch, stored, num_shards)
         text = json.dumps(params, indent=2) + "\n"
         (folder / PARAMS).write_text(text, encoding="utf-8")
         shutil.copyfile(tokenizer_path, folder / TOKENIZER)
 
 
-def _stored_weights(hf_folder: Path, arch: Architecture, weights: list[Weight]) -> dict[str, Path]:
-    """The file of each weight; a tied head is found in the embedding's."""
+@dataclass(frozen=True)
+class _Stored:
+    """A weight and where it lies: a tied head under the embedding's name."""
+
+    weight: Weight
+    file: Path
+    name: str
+    dtype: str
+
+
+def _stored_weights(hf_folder: Path, arch: Architecture, weights: list[Weight]) -> list[_Stored]:
+    """Finds every weight and checks its shape by the headers of the files."""
     files = _weight_files(hf_folder)
     if arch.tie_word_embeddings:
         files["lm_head.weight"] = files.get("model.embed_tokens.weight", hf_folder)
@@ -88,26 +100,46 @@ def _stored_weights(hf_folder: Path, arch: Architecture, weights: list[Weight]) 
     if missing or foreign:
         found = [f"{hf_folder}: {name} missing" for name in missing[:8]]
         raise InputError(found + [f"{hf_folder}: {n} is no weight of a Llama" for n in foreign[:8]])
-    return files
+    return [_stored(files[weight.hf], arch, weight) for weight in weights]
 
 
-def _part(
-    files: dict[str, Path], arch: Architecture, weight: Weight, shard: int, num_shards: int
-) -> Tensor:
-    """What one shard holds of a weight, in Meta's order of rows."""
+def _stored(file: Path, arch: Architecture, weight: Weight) -> _Stored:
     from safetensors import safe_open
 
     tied = arch.tie_word_embeddings and weight.hf == "lm_head.weight"
-    with safe_open(files[weight.hf], "pt") as file:
-        whole = file.get_tensor("model.embed_tokens.weight" if tied else weight.hf)
-    if tuple(whole.shape) != weight.shape:
-        raise InputError(
-            f"{files[weight.hf]}: {weight.hf} is {tuple(whole.shape)}, config.json makes it "
-            f"{weight.shape}"
-        )
-    if weight.rotated:
-        whole = hf_to_meta_rows(whole, num_rotated_heads(weight, arch))
-    return cut(weight, whole, num_shards, shard)
+    name = "model.embed_tokens.weight" if tied else weight.hf
+    with safe_open(file, "pt") as opened:
+        header = opened.get_slice(name)
+        shape, dtype = tuple(header.get_shape()), header.get_dtype()
+    if shape != weight.shape:
+        raise InputError(f"{file}: {weight.hf} is {shape}, config.json makes it {weight.shape}")
+    if dtype not in _DTYPES:
+        raise InputError(f"{file}: {weight.hf} is {dtype}; known: {', '.join(_DTYPES)}")
+    return _Stored(weight, file, name, _DTYPES[dtype])
+
+
+def _write_shards(folder: Path, arch: Architecture, stored: list[_Stored], num_shards: int) -> None:
+    """Writes all shards at once, so that every weight is read once and memory holds one."""
+    plan = [Planned(s.weight.meta, s.dtype, s.weight.shard_shape(num_shards)) for s in stored]
+    with contextlib.ExitStack() as stack:
+        appends = [
+            stack.enter_context(pth_file(folder / f"consolidated.{shard:02d}.pth", plan))
+            for shard in range(num_shards)
+        ]
+        for one in stored:
+            whole = _in_metas_order(arch, one)
+            for shard, append in enumerate(appends):
+                append(cut(one.weight, whole, num_shards, shard))
+
+
+def _in_metas_order(arch: Architecture, stored: _Stored) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(stored.file, "pt") as file:
+        whole: Tensor = file.get_tensor(stored.name)
+    if stored.weight.rotated:
+        whole = hf_to_meta_rows(whole, num_rotated_heads(stored.weight, arch))
+    return whole
 
 
 def _params(hf_folder: Path, arch: Architecture) -> dict[str, Any]:

@@ -142,8 +142,8 @@ def join(weight: Weight, parts: list[Tensor]) -> Tensor:
 
 
 def cut(weight: Weight, whole: Tensor, num_shards: int, shard: int) -> Tensor:
-    """What one shard holds of a weight, in memory of its own: the inverse of `join`."""
+    """What one shard holds of a weight, as a view: the inverse of `join`."""
     if weight.split is None:
-        return whole.clone()
+        return whole
     parts = whole.chunk(num_shards // weight.num_copies, dim=weight.split)
-    return parts[shard // weight.num_copies].clone()
+    return parts[shard // weight.num_copies]
