@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
@@ -42,6 +41,7 @@ from finetune.llama.architecture import (
 from finetune.llama.chat import FORMATS, ChatFormat, detect_format
 from finetune.llama.meta_format import cached_import
 from finetune.llama.tokenizer import load_tokenizer, save_tokenizer
+from finetune.llama.weight_files import files_by_weight
 
 logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -193,33 +193,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         InputError: none, a shard of the index is missing, or a file is cut off.
     """
-    names = _weight_names(folder)
-    for name in names:
-        try:
-            with safe_open(str(folder / name), framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise InputError(
-                f"{folder / name}: not readable as safetensors ({error}); "
-                "a download that broke off? Fetch it again"
-            ) from None
-    return [folder / name for name in names]
-
-
-def _weight_names(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(artifact.read_json(index)["weight_map"].values()))
-        missing = [n for n in names if "/" in n or not (folder / n).is_file()]
-        if missing:
-            raise InputError(f"{folder}: shards of the index are missing: {', '.join(missing)}")
-        return names
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise InputError(
-            f"{folder}: no model.safetensors; pickled weights (.bin, .pt) are not read"
-        )
-    return [single.name]
+    return sorted(set(files_by_weight(folder).values()))
 
 
 def load_model(base: Base, section: BaseSection, device: torch.device) -> LlamaForCausalLM:

@@ -163,7 +163,23 @@ class TestWhatIsRefused:
         first = next(iter(content["weight_map"]))
         content["weight_map"][first] = f"../../{small_base.name}/model.safetensors"
         index.write_text(json.dumps(content))
-        self.refused(bench, folder, "shards of the index are missing")
+        self.refused(bench, folder, "a file of the same folder is allowed")
+
+    def test_an_index_that_names_another_file_than_the_weights(self, bench, tmp_path):
+        folder = write_base(tmp_path / "sharded", max_shard_size="600KB")
+        index = folder / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        files = sorted(set(content["weight_map"].values()))
+        first = next(name for name, file in content["weight_map"].items() if file == files[0])
+        content["weight_map"][first] = files[1]
+        index.write_text(json.dumps(content))
+        self.refused(bench, folder, f"{files[1]}: has no {first}")
+
+    @pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', "[1]", "<html>"])
+    def test_an_index_that_is_none(self, bench, tmp_path, content):
+        folder = write_base(tmp_path / "sharded", max_shard_size="600KB")
+        (folder / "model.safetensors.index.json").write_text(content)
+        self.refused(bench, folder, "model.safetensors.index.json")
 
     def test_no_tokenizer(self, bench, copied):
         for path in copied.glob("tokenizer*"):

@@ -42,8 +42,9 @@ def pack(documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Packed:
     """Lays documents, each `(ids, train mask)`, end to end in one row."""
     ids = np.concatenate([np.asarray(document, np.int64) for document, _ in documents])
     trained = np.concatenate([np.asarray(mask, np.bool_) for _, mask in documents])
-    assert len(ids) == len(trained), "a document has a mask for each of its ids"
     lengths = [len(document) for document, _ in documents]
+    if lengths != [len(mask) for _, mask in documents]:
+        raise ValueError("a document has a mask for each of its ids, no more and no less")
     positions = np.concatenate([np.arange(length) for length in lengths])
     labels = np.where(trained & (positions > 0), ids, IGNORED)
     rows = [torch.from_numpy(row).unsqueeze(0) for row in (ids, positions, labels)]

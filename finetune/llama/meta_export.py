@@ -27,6 +27,7 @@ from finetune.llama.meta_layout import (
 from finetune.llama.pth_stream import pth_file
 from finetune.llama.safetensors_stream import DTYPES, Planned
 from finetune.llama.tiktoken_file import looks_like_tiktoken
+from finetune.llama.weight_files import files_by_weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +92,7 @@ class _Stored:
 
 def _stored_weights(hf_folder: Path, arch: Architecture, weights: list[Weight]) -> list[_Stored]:
     """Finds every weight and checks its shape by the headers of the files."""
-    files = _weight_files(hf_folder)
+    files = files_by_weight(hf_folder)
     if arch.tie_word_embeddings:
         files["lm_head.weight"] = files.get("model.embed_tokens.weight", hf_folder)
     missing = [weight.hf for weight in weights if weight.hf not in files]
@@ -170,20 +171,3 @@ def _exportable_tokenizer(hf_folder: Path) -> Path:
 def _family_split(tokenizer: Path) -> int:
     with tokenizer.open("rb") as file:
         return BY_ROWS if looks_like_tiktoken(file.read(4096)) else BY_COLUMNS
-
-
-def _weight_files(hf_folder: Path) -> dict[str, Path]:
-    """The file of every stored weight, by the weight's name."""
-    from safetensors import SafetensorError, safe_open
-
-    index, single = hf_folder / "model.safetensors.index.json", hf_folder / "model.safetensors"
-    if index.exists():
-        names = read_json_object(index).get("weight_map", {})
-        return {name: hf_folder / file for name, file in names.items()}
-    if not single.exists():
-        raise InputError(f"{hf_folder}: has neither {single.name} nor {index.name}")
-    try:
-        with safe_open(single, "pt") as file:
-            return dict.fromkeys(file.keys(), single)
-    except SafetensorError as error:
-        raise InputError(f"{single}: is damaged or cut off ({error})") from None

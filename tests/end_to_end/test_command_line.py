@@ -121,7 +121,7 @@ class TestTrainRefuses:
             ({"instruction": "Add.", "input": ""}, "output"),
             (alpaca(output=None), "output"),
             (alpaca(output=3), "output"),
-            ({"question": "?", "answer": "!"}, "question, answer"),
+            ({"riddle": "?", "answer": "!"}, "riddle, answer"),
         ],
     )
     def test_a_row_that_is_no_example(self, bench, capsys, row, said):

@@ -90,7 +90,7 @@ def test_ids_that_look_like_padding_or_the_ignored_label_are_trained(tiny_llama)
 
 
 def test_ids_and_mask_of_different_length_are_refused():
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="a mask for each of its ids"):
         pack([([1, 2, 3], [True, True])])
 
 
