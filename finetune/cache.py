@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from pathlib import Path
 
 from finetune import artifact
+from finetune.errors import InputError
+
+_SETTLED_NS = 1_000_000_000
 
 
 def cache_root() -> Path:
@@ -14,29 +19,27 @@ def cache_root() -> Path:
 
 
 def remembered_sha256(file: Path, root: Path | None = None) -> str:
-    """The hash of a file's content, from memory where size and time of change are last time's.
+    """The hash of a file's content, from memory where size and times of change are last time's.
 
     A file changed within the last second is hashed, not remembered: the clock of a file system may
-    be too coarse to tell the next change from this one.
+    be too coarse to tell the next change from this one. The inode's own time of change is looked at
+    too, since `cp -p` and `rsync -t` put the other one back. Without a note that can be read or
+    written the file is hashed each time.
 
     Args:
         root: where hashes are kept; `cache_root()` if left out.
     """
     file, root = file.resolve(), root or cache_root()
-    stat = file.stat()
-    key = artifact.sha256_of_json([str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+    stat, now = file.stat(), time.time_ns()
+    times = [stat.st_mtime_ns, stat.st_ctime_ns]
+    key = artifact.sha256_of_json([str(file), stat.st_size, *times, stat.st_ino])
     note = root / "hashes" / f"{key}.json"
-    if note.exists():
+    with contextlib.suppress(InputError, OSError, KeyError, TypeError):
         digest: str = artifact.read_json(note)["sha256"]
         return digest
     digest = artifact.sha256_of(file)
-    if _is_settled(stat.st_mtime_ns):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        artifact.write_json(note, {"bytes": stat.st_size, "sha256": digest})
+    if now - max(times) > _SETTLED_NS:
+        with contextlib.suppress(OSError):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            artifact.write_json(note, {"bytes": stat.st_size, "sha256": digest})
     return digest
-
-
-def _is_settled(changed_ns: int) -> bool:
-    import time
-
-    return time.time_ns() - changed_ns > 1_000_000_000

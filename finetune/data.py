@@ -149,11 +149,15 @@ def _without_leaks(
     if data.on_overlap == "allow":
         ledger.notes.append(f"{len(leaks):,} rows are in the training data too, or almost: kept")
         return heldout
-    places = [heldout.example(index).where for index in range(len(heldout))]
-    for where, leak in leaks.items():
-        masks = [heldout[i].train_mask for i, place in enumerate(places) if place == where]
-        ledger.take_back(f"{leak.kind} in the training data", where, *masks)
-    kept = heldout.only(np.array([i for i, w in enumerate(places) if w not in leaks], np.int64))
+    chosen: list[int] = []
+    for documents in heldout.rows():
+        where = heldout.example(documents[0]).where
+        if where in leaks:
+            masks = [heldout[index].train_mask for index in documents]
+            ledger.take_back(f"{leaks[where].kind} in the training data", where, *masks)
+        else:
+            chosen += documents
+    kept = heldout.only(np.array(chosen, np.int64))
     _refuse_none("data.heldout: every row is in the training data too", kept, ledger)
     return kept
 

@@ -70,6 +70,8 @@ class Ledger:
             self.num_tokens_trained -= trained
             self.num_tokens_context -= length - trained
             self.lengths[length] -= 1
+            if not self.lengths[length]:
+                del self.lengths[length]
         self.drop(reason, where, sum(map(len, train_masks)))
 
     def shorten(self, where: str, num_turns: int, num_tokens: int) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,14 +34,16 @@ from finetune.ledger import Ledger
 from finetune.llama.chat import ChatFormat
 from finetune.llama.tokenizer import fingerprint
 from finetune.overlap import DuplicateFinder, RowText, overlap
-from finetune.prepared import DocumentWriter, PreparedDocuments
+from finetune.prepared import FILES, DocumentWriter, PreparedDocuments
 from finetune.rendering import Outcome, Renderer
 from finetune.shapes import Example, read_examples
 from finetune.suspicion import CHECKS
 
-VERSION = 1  # of what a folder holds; another one is prepared again
+VERSION = 2  # of what a folder holds; another one is prepared again
 BLOCK = 1000  # rows that are rendered together
+BLOCK_CHARACTERS = 1 << 20  # or so many of their texts; each takes some 90 bytes on the way to ids
 SIDES = ("train", "heldout")
+_FILES = {"ledgers.json", "overlap.json", *(f"{side}/{name}" for side in SIDES for name in FILES)}
 # What of `data:` has no influence on the documents.
 _LATER = {"packing", "on_overlap", "train", "heldout"}
 
@@ -111,13 +112,16 @@ def prepare(
     folder = cache_root() / "data" / sha256_of_json(facts)[:32]
     if findings:
         folder = folder.with_name(f"{folder.name}-refused")
-    if folder.exists() and not _is_whole(folder):
-        artifact.remove(folder)
+    if folder.exists() and not _is_whole(folder, facts):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            artifact.remove(folder)
     if not folder.exists():
         renderer = Renderer(config.data, tokenizer, chat_format)
+        num_ids = max(tokenizer.get_vocab().values()) + 1  # more than len() where some are unused
         try:
             with artifact.staged(folder, facts) as stage:
-                _Preparation(config, renderer, stage, len(tokenizer), findings).run(files)
+                _Preparation(config, renderer, stage, num_ids, findings).run(files)
+                _refuse_changed(files)
         except (InputError, CannotContinue):
             if not folder.exists():  # else another process was faster
                 raise
@@ -152,18 +156,27 @@ def _facts(
     }
 
 
-def _is_whole(folder: Path) -> bool:
+def _refuse_changed(files: Sequence[SourceFile]) -> None:
+    """What was read is what was hashed, or the folder would have a wrong name."""
+    changed = [str(f.path) for f in files if remembered_sha256(f.path) != f.sha256]
+    if changed:
+        raise InputError(f"{', '.join(changed)}: changed while it was read; start again")
+
+
+def _is_whole(folder: Path, facts: dict[str, Any]) -> bool:
     """Whether a prepared folder is as it was published; says so aloud where it is not."""
     try:
-        files = artifact.read_manifest(folder)["files"]
+        manifest = artifact.read_manifest(folder)
         changed = [
             name
-            for name, entry in files.items()
+            for name, entry in manifest["files"].items()
             if not (folder / name).is_file()
             or (folder / name).stat().st_size != entry["bytes"]
             or remembered_sha256(folder / name) != entry["sha256"]
         ]
-    except CheckFailed as error:
+        if manifest["facts"] != facts or manifest["files"].keys() != _FILES:
+            changed.append(artifact.MANIFEST)
+    except (CheckFailed, FileNotFoundError, KeyError, TypeError) as error:
         changed = [str(error)]
     if changed:
         print(f"data     {folder}: {changed[0]} is damaged; prepared again", file=sys.stderr)
@@ -219,7 +232,7 @@ class _Preparation:
             self._refuse_other_kind(file, shape)
             if file.number:
                 examples = (dataclasses.replace(e, source=file.number) for e in examples)
-            for block in _blocks(examples, BLOCK):
+            for block in _blocks(examples):
                 num_rows += len(block)
                 self._render(file, block)
                 self._progress.advance(self._task, len(block))
@@ -272,8 +285,8 @@ class _Preparation:
         train, heldout = (PreparedDocuments(self._stage / side) for side in SIDES)
         found = []
         if len(heldout):
-            held = [row_text(heldout.example(i)) for i in range(len(heldout))]
-            trained = (row_text(train.example(i)) for i in range(len(train)))
+            held = [row_text(example) for example in heldout.examples()]
+            trained = (row_text(example) for example in train.examples())
             found = [asdict(finding) for finding in overlap(trained, held)]
         artifact.write_json(self._stage / "overlap.json", found)
 
@@ -296,10 +309,27 @@ def _text_of(message: dict[str, Any]) -> str:
     return f"{text or ''}{json.dumps(calls, ensure_ascii=False)}" if calls else text
 
 
-def _blocks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    iterator = iter(examples)
-    while block := list(itertools.islice(iterator, size)):
+def _blocks(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """The rows before a file's findings come too: they are raised after the last row."""
+    block: list[Example] = []
+    size, found = 0, None
+    try:
+        for example in examples:
+            block.append(example)
+            size += _num_characters(example)
+            if len(block) == BLOCK or size >= BLOCK_CHARACTERS:
+                yield block
+                block, size = [], 0
+    except InputError as error:
+        found = error
+    if block:
         yield block
+    if found is not None:
+        raise found
+
+
+def _num_characters(example: Example) -> int:
+    return len(example.text) + sum(len(str(m["content"])) for m in example.messages)
 
 
 def _progress() -> Progress:

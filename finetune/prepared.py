@@ -4,15 +4,16 @@
 |---|---|
 | ids.bin | token ids of all documents, end to end: uint16 where the vocabulary fits, else uint32 |
 | mask.bin | for each token 1 where it is trained, else 0 |
-| rows.jsonl | the example of each document |
+| rows.jsonl | the example of each document, once for all pieces of a split row |
 | ends.bin | for each document an int64: where its tokens end |
-| table.bin | for each document three int64: where its line in rows.jsonl ends (bytes), its \
-trained tokens, its source |
+| table.bin | for each document four int64: where its line in rows.jsonl begins and ends (bytes), \
+its trained tokens, its source |
 | side.json | number of documents, and the type of an id |
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +31,9 @@ Ids = npt.NDArray[np.unsignedinteger[Any]]
 Mask = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.int64]
 
-_LINE_END, _TRAINED, _SOURCE = range(3)  # columns of the table
+FILES = ("ids.bin", "mask.bin", "rows.jsonl", "ends.bin", "table.bin", "side.json")
+
+_LINE_START, _LINE_END, _TRAINED, _SOURCE = range(4)  # columns of the table
 
 
 @dataclass(frozen=True)
@@ -69,19 +72,26 @@ class DocumentWriter:
         self._mask = (folder / "mask.bin").open("wb")
         self._rows = (folder / "rows.jsonl").open("wb")
         self._ends: list[int] = []
-        self._table: list[tuple[int, int, int]] = []
+        self._table: list[tuple[int, int, int, int]] = []
+        self._written: Example | None = None  # the last line of rows.jsonl
 
     def add(self, documents: Sequence[Document]) -> None:
         """Appends documents."""
         self._ids.write(_flat([d.input_ids for d in documents], self._dtype))
         self._mask.write(_flat([d.train_mask for d in documents], np.dtype("u1")))
-        end, line_end = self._ends[-1] if self._ends else 0, self._rows.tell()
+        end = self._ends[-1] if self._ends else 0
         for document in documents:
-            line = _line_of(document.example)
-            self._rows.write(line)
-            end, line_end = end + len(document.input_ids), line_end + len(line)
+            end += len(document.input_ids)
             self._ends.append(end)
-            self._table.append((line_end, document.num_trained, document.example.source))
+            line = self._line(document.example)
+            self._table.append((*line, document.num_trained, document.example.source))
+
+    def _line(self, example: Example) -> tuple[int, int]:
+        """Where the example's line begins and ends; the pieces of a split row share one."""
+        if example is self._written:
+            return self._table[-1][_LINE_START], self._table[-1][_LINE_END]
+        self._written, start = example, self._table[-1][_LINE_END] if self._table else 0
+        return start, start + self._rows.write(_line_of(example))
 
     def __enter__(self) -> DocumentWriter:
         return self
@@ -107,7 +117,20 @@ def _flat(rows: Sequence[Sequence[int]], dtype: np.dtype[Any]) -> bytes:
 
 def _line_of(example: Example) -> bytes:
     kept = {key: value for key, value in asdict(example).items() if value or key == "where"}
-    return json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    try:
+        line = json.dumps(kept, ensure_ascii=False, separators=(",", ":"))
+    except TypeError:
+        line = json.dumps(_as_json(kept), ensure_ascii=False, separators=(",", ":"))
+    return line.encode() + b"\n"
+
+
+def _as_json(value: Any) -> Any:
+    """A value with texts for what JSON has no form for: Parquet's times, decimals and bytes."""
+    if isinstance(value, dict):
+        return {str(key): _as_json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(inner) for inner in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 class PreparedDocuments(Sequence[Document]):
@@ -125,8 +148,7 @@ class PreparedDocuments(Sequence[Document]):
         self._mask = _mapped(folder / "mask.bin", np.dtype(np.bool_))
         self._rows = _mapped(folder / "rows.jsonl", np.dtype("u1"))
         self._ends = np.concatenate([[0], np.fromfile(folder / "ends.bin", "<i8")])
-        table = np.fromfile(folder / "table.bin", "<i8").reshape(facts["documents"], 3)
-        self._table = np.concatenate([np.zeros((1, 3), np.int64), table])
+        self._table = np.fromfile(folder / "table.bin", "<i8").reshape(facts["documents"], 4)
         self._chosen = np.arange(facts["documents"]) if chosen is None else chosen
 
     def only(self, chosen: Numbers) -> PreparedDocuments:
@@ -150,14 +172,12 @@ class PreparedDocuments(Sequence[Document]):
         return self._column(_SOURCE)
 
     def _column(self, number: int) -> Numbers:
-        column: Numbers = self._table[1:, number][self._chosen]
+        column: Numbers = self._table[self._chosen, number]
         return column
 
     def used_ids(self) -> list[int]:
         """Every token id that occurs, sorted."""
-        seen = np.zeros(
-            1 << 8 * self._ids.itemsize if self._ids.itemsize < 4 else 1 << 18, np.bool_
-        )
+        seen = np.zeros(int(self._ids.max(initial=0)) + 1, np.bool_)
         for index in range(len(self)):
             seen[self.pair(index)[0]] = True
         return np.flatnonzero(seen).tolist()
@@ -170,12 +190,21 @@ class PreparedDocuments(Sequence[Document]):
 
     def example(self, index: int) -> Example:
         """The row of one document."""
-        number = self._chosen[index]
-        span = slice(self._table[number, _LINE_END], self._table[number + 1, _LINE_END])
+        span = slice(*self._table[self._chosen[index], [_LINE_START, _LINE_END]])
         values = json.loads(self._rows[span].tobytes())
         for name in ("messages", "tools"):
             values[name] = tuple(values.get(name, ()))
         return Example(**values)
+
+    def examples(self) -> Iterator[Example]:
+        """The rows, in order; one whose pieces follow each other comes once."""
+        return (self.example(documents[0]) for documents in self.rows())
+
+    def rows(self) -> Iterator[list[int]]:
+        """The indices of each row's documents: one, or those of its pieces."""
+        begins = self._column(_LINE_START).tolist()
+        for _, group in itertools.groupby(range(len(self)), begins.__getitem__):
+            yield list(group)
 
     def __len__(self) -> int:
         return len(self._chosen)
