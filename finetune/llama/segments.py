@@ -140,9 +140,10 @@ def _dated_system(conversation: Conversation, date_string: str) -> Iterator[Segm
         listed = ", ".join(name for name in builtin if name != CODE_INTERPRETER)
         text += f"Tools: {listed}\n\n"
     text += f"Cutting Knowledge Date: December 2023\nToday Date: {date_string}\n\n"
+    message = None if conversation.system is None else 0
     yield from header("system")
-    yield Segment(text + (conversation.system or "").strip())
-    yield Segment("<|eot_id|>", control=True)
+    yield Segment(text + (conversation.system or "").strip(), message=message)
+    yield Segment("<|eot_id|>", True, message)
 
 
 def _turns_with_tools(conversation: Conversation) -> Iterator[Segment]:
