@@ -88,6 +88,8 @@ class Mixture:
             random.Random(f"mixture {self._seed} {number} {turn}").shuffle(order)
             trained = self._trained[order]
             begins = turn + (np.cumsum(trained) - trained) / self._tokens[number]
+            # One that trains nothing may come last; it belongs to this pass all the same.
+            begins = np.minimum(begins, np.nextafter(turn + 1.0, turn))
             inside = (begins >= first) & (begins < last)
             taken += [index for index, is_in in zip(order, inside, strict=True) if is_in]
         return taken

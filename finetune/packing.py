@@ -8,6 +8,7 @@ and two train on the same steps; the last step is filled with packs that train n
 from __future__ import annotations
 
 import bisect
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -95,12 +96,22 @@ class BatchPlan:
         packs = self.packs_of(epoch)
         order = list(range(len(packs)))
         random.Random(f"epoch {seed} {epoch}").shuffle(order)
-        for start in range(0, self.steps_per_epoch * self.packs_per_step, self.packs_per_step):
-            step = order[start : start + self.packs_per_step]
+        for step in self._steps(order):
             for micro in range(self.accumulation):
                 first = (micro * self.num_ranks + rank) * self.per_device
                 chosen = step[first : first + self.per_device]
                 yield [document for pack in chosen for document in packs[pack]] or [FILLER]
+
+    def _steps(self, order: list[int]) -> list[list[int]]:
+        """The packs of each step: all full but the last. Those of an epoch that is short of whole
+        steps are spread evenly instead, so that no step is without one.
+        """
+        num_steps, size = self.steps_per_epoch, self.packs_per_step
+        if len(order) > (num_steps - 1) * size:
+            ends = [step * size for step in range(num_steps + 1)]
+        else:
+            ends = [step * len(order) // num_steps for step in range(num_steps + 1)]
+        return [order[start:end] for start, end in itertools.pairwise(ends)]
 
 
 class PackSampler(Sampler[list[int]]):

@@ -114,6 +114,8 @@ class OurSeams(Trainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
         """Called once a step before the optimizer moves: the place to stop on bad numbers."""
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
+        if self.step_tokens == 0:  # fillers alone: no momentum and no decay either
+            model.zero_grad(set_to_none=True)
         total = _sum_over_ranks(self._step_loss_sum, self.args.device).item()
         self.step_loss = total / max(self.step_tokens, 1)
         self.step_grad_norm, self.step_learning_rate = norm, self._get_learning_rate()

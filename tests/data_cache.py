@@ -31,9 +31,7 @@ def chat(user: str, *answers: str, **columns: Any) -> dict[str, Any]:
 
 def chats(num_rows: int, start: int = 0) -> list[dict[str, Any]]:
     """Rows that are all different."""
-    return [
-        chat(f"How many are {n} and {n}?", f"{2 * n} of them") for n in range(start, num_rows)
-    ]
+    return [chat(f"How many are {n} and {n}?", f"{2 * n} of them") for n in range(start, num_rows)]
 
 
 def write_lines(path: Path, rows: Sequence[Any]) -> Path:

@@ -21,7 +21,9 @@ EXAMPLES = settings(
 )
 IDS = st.one_of(
     st.integers(0, 1023),
-    st.sampled_from([0, 255, 256, 65_534, 65_535, 65_536, 65_537, 128_255, 262_143, 262_144, 2**31]),
+    st.sampled_from(
+        [0, 255, 256, 65_534, 65_535, 65_536, 65_537, 128_255, 262_143, 262_144, 2**31]
+    ),
 )
 
 json_values = st.recursive(

@@ -64,9 +64,7 @@ BUILTIN = ["brave_search", CODE]
 
 
 @EXAMPLES
-@given(
-    messages=conversations(with_calls=True, builtin=BUILTIN), tools=functions, chosen=train_on
-)
+@given(messages=conversations(with_calls=True, builtin=BUILTIN), tools=functions, chosen=train_on)
 def test_calls_of_built_in_tools(case_of, messages, tools, chosen):
     check(case_of("llama3.1"), "llama3.1", messages, [*BUILTIN, *tools], chosen)
 
@@ -80,11 +78,14 @@ def test_transcripts(case_of, messages, chosen):
 @pytest.mark.parametrize("name", ["nano", "llama3", "llama3.1", "llama3.2"])
 def test_a_system_message_that_is_not_to_be_trained_is_not(case_of, name):
     """Under `all` alone it makes a difference; the headers are no message's words."""
-    case, messages = case_of(name), [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello"},
-    ]
+    case, messages = (
+        case_of(name),
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello"},
+        ],
+    )
     plain = FORMATS[name].render(case.tokenizer, messages, "all", DATE)
     messages[0]["train"] = False
     chosen = FORMATS[name].render(case.tokenizer, messages, "all", DATE)
@@ -123,7 +124,9 @@ def test_history_is_cut_to_the_longest_that_fits(case_of, name, data, chosen):
 
     suffixes = [render(exchanges[n:]) for n in range(len(exchanges))]
     lengths = [len(row.input_ids) for row in suffixes]
-    limit = data.draw(st.sampled_from([8, *lengths, *(n - 1 for n in lengths)]).filter(lambda n: n > 7))
+    limit = data.draw(
+        st.sampled_from([8, *lengths, *(n - 1 for n in lengths)]).filter(lambda n: n > 7)
+    )
     section = DataSection(max_length=limit, on_overflow="truncate_history", train_on=chosen)
     row = Example("a:1", tuple(messages), tools=tools)
     (outcome,) = Renderer(section, case.tokenizer, FORMATS[name])([row])
