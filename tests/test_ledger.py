@@ -119,6 +119,14 @@ def fate(given_row, train_on: str, policy: str, tokenizer) -> tuple[str, int, in
     return "kept" if not first else "shortened", trained, length, whole - length
 
 
+def check_refusal(error: InputError, num_refused: int, num_kept: int) -> None:
+    """Each row that is refused has its finding; without one, nothing was left to train on."""
+    if num_refused:
+        assert len(error.findings) == num_refused
+    else:
+        assert num_kept == 0 and "no row is left to train on" in error.findings[0]
+
+
 @EXAMPLES
 @given(
     given_rows=files,
@@ -139,10 +147,7 @@ def test_every_row_has_its_fate(
             config_of, nano_tokenizer, path, *overrides, f"data.packing={str(packing).lower()}"
         )
     except InputError as error:
-        refused = policy == "error" and counts["too long"]
-        assert refused or not kept
-        if refused:
-            assert len(error.findings) == refused
+        check_refusal(error, counts["too long"] if policy == "error" else 0, kept)
         return
     assert kept and not (policy == "error" and counts["too long"])
     ledger = data.ledgers[0]
@@ -177,9 +182,7 @@ def test_every_text_has_its_fate(config_of, tmp_path, nano_tokenizer, texts, pol
             config_of, nano_tokenizer, path, f"data.on_overflow={policy}", recipe="pretrain"
         )
     except InputError as error:
-        assert not kept or (policy == "error" and long)
-        if policy == "error" and long:
-            assert len(error.findings) == len(long)
+        check_refusal(error, len(long) if policy == "error" else 0, len(kept))
         return
     ledger = data.ledgers[0]
     assert (ledger.num_rows_read, ledger.num_rows_kept) == (len(texts), len(kept))
