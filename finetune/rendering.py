@@ -82,7 +82,8 @@ class Renderer:
         answers = [m for m in example.messages if m["role"] == "assistant"]
         if not answers or not _says_something(answers[-1]):
             return "without an answer"
-        if self._data.train_on != "last" and not all(map(_says_something, answers)):
+        by_config = self._data.train_on != "last"
+        if any(m.get("train", by_config) and not _says_something(m) for m in answers[:-1]):
             return "with an empty answer among its answers"
         return None
 
