@@ -151,8 +151,8 @@ def _without_leaks(
         return heldout
     places = [heldout.example(index).where for index in range(len(heldout))]
     for where, leak in leaks.items():
-        masks = [heldout[i].train_mask for i, place in enumerate(places) if place == where]
-        ledger.take_back(f"{leak.kind} in the training data", where, *masks)
+        lost = [heldout[i].size for i, place in enumerate(places) if place == where]
+        ledger.take_back(f"{leak.kind} in the training data", where, *lost)
     kept = heldout.only(np.array([i for i, w in enumerate(places) if w not in leaks], np.int64))
     _refuse_none("data.heldout: every row is in the training data too", kept, ledger)
     return kept
@@ -251,7 +251,7 @@ def load_heldout(
             elif outcome.dropped is not None:
                 ledger.drop(outcome.dropped, outcome.example.where, outcome.num_tokens_lost)
             else:
-                ledger.keep(*(document.train_mask for document in outcome.documents))
+                ledger.keep(*(document.size for document in outcome.documents))
     refuse(findings)
     return documents, ledger
 

@@ -14,7 +14,9 @@ import dataclasses
 import itertools
 import json
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -219,9 +221,9 @@ class _Preparation:
             self._refuse_other_kind(file, shape)
             if file.number:
                 examples = (dataclasses.replace(e, source=file.number) for e in examples)
-            for block in _blocks(examples, BLOCK):
+            for block, outcomes in self._rendered(examples):
                 num_rows += len(block)
-                self._render(file, block)
+                self._take(file, block, outcomes)
                 self._progress.advance(self._task, len(block))
         except InputError as error:
             self._findings.absorb(error)
@@ -235,8 +237,25 @@ class _Preparation:
             wanted = "plain text (a text column)" if recipe == "pretrain" else "conversations"
             raise InputError(f"{file.path}: holds {shape}; recipe {recipe} trains on {wanted}")
 
-    def _render(self, file: SourceFile, block: Sequence[Example]) -> None:
-        for example, outcome in zip(block, self._renderer(block), strict=True):
+    def _rendered(
+        self, examples: Iterable[Example]
+    ) -> Iterator[tuple[list[Example], list[Outcome]]]:
+        """Blocks of examples with their outcomes, in order; one block is read ahead, since
+        tokenising leaves the interpreter to other threads."""
+        with ThreadPoolExecutor(1) as pool:
+            waiting: deque[tuple[list[Example], Future[list[Outcome]]]] = deque()
+            for block in _blocks(examples, BLOCK):
+                waiting.append((block, pool.submit(self._renderer, block)))
+                if len(waiting) > 2:
+                    ready, future = waiting.popleft()
+                    yield ready, future.result()
+            for ready, future in waiting:
+                yield ready, future.result()
+
+    def _take(
+        self, file: SourceFile, block: Sequence[Example], outcomes: Sequence[Outcome]
+    ) -> None:
+        for example, outcome in zip(block, outcomes, strict=True):
             side = self._side_of(file, example)
             self._count(side, example, outcome)
             if outcome.refused:
@@ -257,7 +276,7 @@ class _Preparation:
         if outcome.dropped is not None:
             ledger.drop(outcome.dropped, example.where, outcome.num_tokens_lost)
         elif outcome.documents:
-            ledger.keep(*(document.train_mask for document in outcome.documents))
+            ledger.keep(*(document.size for document in outcome.documents))
             if outcome.num_turns_lost:
                 ledger.shorten(example.where, outcome.num_turns_lost, outcome.num_tokens_lost)
             ledger.num_rows_split += outcome.is_split

@@ -212,13 +212,11 @@ def test_no_real_file_is_left_out(shared):
 
 
 @pytest.mark.shared
-def test_a_real_conversation_that_is_one_object_is_refused_with_the_way_out(shared, file):
+def test_a_real_conversation_that_is_one_object_is_one_row(shared):
     path = shared(f"data/{ONE_OBJECT}")
-    assert refusal(path)[0] == (
-        f"{path}: is a single object; expected an array of objects: put it into [ ]"
-    )
     row = json.loads(path.read_text())
-    _, (example,) = read(file([row]))
+    _, (example,) = read(path)
+    assert example.where == f"{path}:1"
     assert [m["content"] for m in example.messages] == [m["value"] for m in row["conversations"]]
 
 
