@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import sys
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,12 @@ from finetune.rendering import Outcome, Renderer
 from finetune.shapes import Example, read_examples
 from finetune.suspicion import CHECKS
 
-VERSION = 1  # of what a folder holds; another one is prepared again
 BLOCK = 1000  # rows that are rendered together
 SIDES = ("train", "heldout")
+_CODE = (
+    *("files/*.py", "shapes/*.py", "llama/*.py", "preparation.py", "prepared.py", "rendering.py"),
+    *("overlap.py", "ngrams.py", "suspicion.py", "mojibake.py", "ledger.py"),
+)
 # What of `data:` has no influence on the documents.
 _LATER = {"packing", "on_overlap", "train", "heldout"}
 
@@ -136,7 +141,7 @@ def _facts(
     settings = config.data.model_dump(mode="json", exclude=_LATER)
     return {
         "kind": "data",
-        "version": VERSION,
+        "code": _code_sha256(),
         "recipe": config.recipe,
         "settings": settings,
         "tokenizer": fingerprint(tokenizer),
@@ -152,6 +157,16 @@ def _facts(
             for file in files
         ],
     }
+
+
+@functools.cache
+def _code_sha256() -> str:
+    """Over the sources and libraries that make documents of files: where one changes, nothing
+    that the older one prepared is taken for its own."""
+    package = Path(__file__).parent
+    files = [path for name in _CODE for path in sorted(package.glob(name))]
+    versions = {name: version(name) for name in ("tokenizers", "tiktoken", "transformers")}
+    return sha256_of_json([versions, *(artifact.sha256_of(path) for path in files)])
 
 
 def _is_whole(folder: Path) -> bool:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.files.strict_json import kind_of
+from finetune.files.strict_json import kind_of, parse
 from finetune.shapes.example import Message
 from finetune.shapes.tool_calls import read_calls, read_function_call
 
@@ -142,11 +142,22 @@ def _sharegpt(message: Any, place: str) -> Message:
     if message["from"] == "function_call":
         calls = read_function_call(message.get("value"), f"{place}.value")
         result: Message = {"role": role, "content": "", "tool_calls": calls}
-    elif role == "tool" and not isinstance(message.get("value"), str) and "value" in message:
-        result = {"role": role, "content": message["value"]}
+    elif role == "tool" and "value" in message:
+        result = {"role": role, "content": _observed(message["value"])}
     else:
         result = {"role": role, "content": text_of(message, "value", f"{place}.")}
     return result | _training(message, place)
+
+
+def _observed(value: Any) -> Any:
+    """A tool's result: JSON as text is that JSON, as it is for a call; other text stays text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = parse(value)
+    except ValueError:
+        return value
+    return parsed if isinstance(parsed, (dict, list)) else value
 
 
 def _role(
