@@ -90,8 +90,8 @@ class BatchPlan:
         longest = max(map(len, (self.packs, *self.later)))
         return -(-longest // self.packs_per_step)
 
-    def epoch(self, seed: int, epoch: int, rank: int) -> Iterator[list[int]]:
-        """This rank's micro-batches of an epoch: lists of document indices."""
+    def micro_batches(self, seed: int, epoch: int, rank: int) -> Iterator[list[list[int]]]:
+        """This rank's micro-batches of an epoch: the packs of each; none in one that fills up."""
         packs = self.packs_of(epoch)
         order = list(range(len(packs)))
         random.Random(f"epoch {seed} {epoch}").shuffle(order)
@@ -99,8 +99,12 @@ class BatchPlan:
             step = order[start : start + self.packs_per_step]
             for micro in range(self.accumulation):
                 first = (micro * self.num_ranks + rank) * self.per_device
-                chosen = step[first : first + self.per_device]
-                yield [document for pack in chosen for document in packs[pack]] or [FILLER]
+                yield [packs[number] for number in step[first : first + self.per_device]]
+
+    def epoch(self, seed: int, epoch: int, rank: int) -> Iterator[list[int]]:
+        """This rank's micro-batches of an epoch: lists of document indices."""
+        for packs in self.micro_batches(seed, epoch, rank):
+            yield [document for pack in packs for document in pack] or [FILLER]
 
 
 class PackSampler(Sampler[list[int]]):
