@@ -176,7 +176,9 @@ def _side(ledger: Ledger, rows: Mapping[str, Example]) -> dict[str, Any]:
                 "places": places,
                 "examples": [excerpt(rows[place]) for place in places[:MAX_EXAMPLES]],
             }
-            for reason, places in ledger.suspicious.items()
+            for reason, places in sorted(
+                ledger.suspicious.items(), key=lambda item: is_only_note(item[0])
+            )
         ],
         "repeats": repeats_of(ledger),
     }

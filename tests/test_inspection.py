@@ -132,7 +132,7 @@ def test_histograms_hold_every_document_once():
 
 def test_shortened_rows_and_lengthy_lists_are_counted():
     ledger = Ledger("train", num_rows_read=9)
-    ledger.keep([False, True, True])
+    ledger.keep((3, 2))
     ledger.shorten("t:1", 2, 10)
     for number in range(7):
         ledger.drop("why", f"t:{number}", 3)
@@ -230,6 +230,23 @@ def test_one_side_alone_and_a_mixture(config, bench, capsys, tmp_path):
     table = root.all("section")[-1].all("tr")
     assert [row.all("td")[0].text for row in table[1:]] == [str(bench.train_file), str(other)]
     assert json.loads(run(capsys, *call[:4], "--json")[1])["steps"]["empty_share"] is None
+
+
+def test_plain_text_that_is_split(config_of, capsys, tmp_path):
+    texts = ["one two three " * 60, "\ufffd <b>"]
+    file = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    config_of(file, recipe="pretrain")
+    overrides = ["data.max_length=64", "data.on_overflow=split"]
+    target = tmp_path / "page.html"
+    call = (tmp_path / "config.yaml", *overrides, "--json", "--html", target)
+    code, out, _ = run(capsys, *call)
+    found = json.loads(out)
+    assert code == 0
+    assert found["chat_format"] is None
+    assert found["train"]["documents"] > found["train"]["rows_kept"] == 2
+    root = read_page(target.read_text(encoding="utf-8"))
+    assert [element.text for element in root.all("div", "role")] == ["text"]
+    assert [element.text for element in root.all("div", "text")] == texts[1:]
 
 
 def test_ranks_share_the_steps(config, capsys):
