@@ -31,7 +31,7 @@ CONTROL_TOKEN = re.compile(
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufff9-\ufffb]")
 RUN = re.compile(rf"(.)\1{{{MIN_RUN - 1}}}", re.DOTALL)
 # No control token is without one of these: most texts need no search by the slow pattern.
-IN_CONTROL_TOKENS = ("<|", "INST]", "SYS>>", "<s>", "</s>", "_of_turn>", "### ")
+IN_CONTROL_TOKENS = ("<", "[", "### ")
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#[0-9]{1,6}|#x[0-9a-f]{1,6});", re.IGNORECASE)
 TAG = re.compile(
@@ -108,7 +108,9 @@ def _opens_with_prompt(row: RowText) -> bool:
 
 
 def _has_control_token(text: str) -> bool:
-    return any(map(text.__contains__, IN_CONTROL_TOKENS)) and bool(CONTROL_TOKEN.search(text))
+    if not any(map(text.__contains__, IN_CONTROL_TOKENS)):
+        return False
+    return CONTROL_TOKEN.search(text) is not None
 
 
 def _has_markup(row: RowText) -> bool:
