@@ -10,6 +10,11 @@ from finetune.errors import InputError, run_command
 
 VERBS: dict[str, tuple[str, str, str]] = {
     "train": ("finetune.train", "main", "train what a config says: CONFIG [key=value …]"),
+    "data": (
+        "finetune.inspection",
+        "main",
+        "what became of every row, and what training makes of it",
+    ),
     "preview": (
         "finetune.preview",
         "main",

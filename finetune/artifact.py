@@ -32,10 +32,15 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_bytes(content: bytes) -> str:
+    """The sha256 of bytes, as hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def sha256_of_json(value: Any) -> str:
     """The sha256 of a JSON value in canonical form: sorted keys, no spaces."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_of_bytes(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

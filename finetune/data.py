@@ -68,9 +68,11 @@ class RunData:
     def lines(self) -> list[str]:
         """Ledgers and mixture for the terminal."""
         shown = [line for side in self.ledgers if side.num_rows_read for line in side.lines()]
-        if len(self.portions) > 1:
-            shown += _table(self.portions)
-        return shown
+        return shown + self.mixture_lines()
+
+    def mixture_lines(self) -> list[str]:
+        """The table of the sources; none where there is only one."""
+        return _table(self.portions) if len(self.portions) > 1 else []
 
 
 def load_data(
@@ -85,6 +87,15 @@ def load_data(
         InputError: unreadable files or rows, a side without a row, overlong rows under `error`.
         CheckFailed: held-out rows that are trained on, under `data.on_overlap: error`.
     """
+    data = open_data(config, tokenizer, chat_format)
+    refuse_leaks(config.data, data.overlap)
+    return data
+
+
+def open_data(
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, chat_format: ChatFormat | None
+) -> RunData:
+    """`load_data` for those who only look: what overlap stops a run is in it, and not raised."""
     if not config.data.train:
         raise InputError("data.train: names no file; give at least one")
     files, missing = source_files(config)
@@ -142,10 +153,8 @@ def _without_leaks(
 ) -> PreparedDocuments:
     """Applies `data.on_overlap` to held-out rows that the training side has too."""
     leaks = {finding.where: finding for finding in found if finding.blocks}
-    if not leaks:
+    if not leaks or data.on_overlap == "error":
         return heldout
-    if data.on_overlap == "error":
-        raise CheckFailed("\n".join(_leak_lines(list(leaks.values()))))
     if data.on_overlap == "allow":
         ledger.notes.append(f"{len(leaks):,} rows are in the training data too, or almost: kept")
         return heldout
@@ -153,13 +162,24 @@ def _without_leaks(
     for documents in heldout.rows():
         where = heldout.example(documents[0]).where
         if where in leaks:
-            masks = [heldout[index].train_mask for index in documents]
-            ledger.take_back(f"{leaks[where].kind} in the training data", where, *masks)
+            lost = [heldout[index].size for index in documents]
+            ledger.take_back(f"{leaks[where].kind} in the training data", where, *lost)
         else:
             chosen += documents
     kept = heldout.only(np.array(chosen, np.int64))
     _refuse_none("data.heldout: every row is in the training data too", kept, ledger)
     return kept
+
+
+def refuse_leaks(data: DataSection, found: Sequence[Overlap]) -> None:
+    """Stops a run whose held-out rows are trained on.
+
+    Raises:
+        CheckFailed: naming them, under `data.on_overlap: error`.
+    """
+    leaks = {finding.where: finding for finding in found if finding.blocks}
+    if leaks and data.on_overlap == "error":
+        raise CheckFailed("\n".join(_leak_lines(list(leaks.values()))))
 
 
 def _leak_lines(leaks: Sequence[Overlap]) -> list[str]:
@@ -255,7 +275,7 @@ def load_heldout(
             elif outcome.dropped is not None:
                 ledger.drop(outcome.dropped, outcome.example.where, outcome.num_tokens_lost)
             else:
-                ledger.keep(*(document.train_mask for document in outcome.documents))
+                ledger.keep(*(document.size for document in outcome.documents))
     refuse(findings)
     return documents, ledger
 

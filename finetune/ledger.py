@@ -45,14 +45,10 @@ class Ledger:
     notes: list[str] = field(default_factory=list)
     lengths: dict[int, int] = field(default_factory=dict)
 
-    def keep(self, *train_masks: Sequence[bool]) -> None:
-        """Counts one row that stays, by the masks of its documents.
-
-        The first token of a document is never trained.
-        """
+    def keep(self, *documents: tuple[int, int]) -> None:
+        """Counts one row that stays, by (tokens, trained tokens) of each of its documents."""
         self.num_rows_kept += 1
-        for train_mask in train_masks:
-            length, trained = len(train_mask), sum(train_mask[1:])
+        for length, trained in documents:
             self.num_tokens_trained += trained
             self.num_tokens_context += length - trained
             self.lengths[length] = self.lengths.get(length, 0) + 1
@@ -62,17 +58,16 @@ class Ledger:
         self.dropped.setdefault(reason, []).append(where)
         self.num_tokens_dropped += num_tokens
 
-    def take_back(self, reason: str, where: str, *train_masks: Sequence[bool]) -> None:
-        """Turns a row that was kept, with its documents, into a dropped one."""
+    def take_back(self, reason: str, where: str, *documents: tuple[int, int]) -> None:
+        """Turns a row that was kept, with its documents as in `keep`, into a dropped one."""
         self.num_rows_kept -= 1
-        for train_mask in train_masks:
-            length, trained = len(train_mask), sum(train_mask[1:])
+        for length, trained in documents:
             self.num_tokens_trained -= trained
             self.num_tokens_context -= length - trained
             self.lengths[length] -= 1
             if not self.lengths[length]:
                 del self.lengths[length]
-        self.drop(reason, where, sum(map(len, train_masks)))
+        self.drop(reason, where, sum(length for length, _ in documents))
 
     def shorten(self, where: str, num_turns: int, num_tokens: int) -> None:
         """Counts the turns that a row lost."""

@@ -26,6 +26,7 @@ included. A short text quoted in a long one, a paraphrase and a translation are 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -56,6 +57,16 @@ class RowText:
     where: str
     prompt: str
     answer: str
+
+    @functools.cached_property
+    def folded_prompt(self) -> str:
+        """`fold` of the prompt; every check asks for it."""
+        return fold(self.prompt)
+
+    @functools.cached_property
+    def folded_answer(self) -> str:
+        """`fold` of the answer."""
+        return fold(self.answer)
 
 
 @dataclass(frozen=True)
@@ -119,7 +130,8 @@ class DuplicateFinder:
         index = len(self._places)
         self._places.append(row.where)
         first_exact = self._exact.setdefault(digest(row.prompt, row.answer), index)
-        first_folded = self._folded.setdefault(digest(fold(row.prompt), fold(row.answer)), index)
+        folded = digest(row.folded_prompt, row.folded_answer)
+        first_folded = self._folded.setdefault(folded, index)
         if first_exact != index:
             self._others.setdefault((first_exact, EXACT), []).append(row.where)
         elif first_folded != index:
@@ -183,7 +195,7 @@ class _Row(NamedTuple):
 
 
 def _row(row: RowText, hasher: GramHasher) -> _Row:
-    prompt, answer = fold(row.prompt), fold(row.answer)
+    prompt, answer = row.folded_prompt, row.folded_answer
     return _Row(
         digest(row.prompt, row.answer),
         digest(prompt, answer),

@@ -91,16 +91,20 @@ class BatchPlan:
         longest = max(map(len, (self.packs, *self.later)))
         return -(-longest // self.packs_per_step)
 
-    def epoch(self, seed: int, epoch: int, rank: int) -> Iterator[list[int]]:
-        """This rank's micro-batches of an epoch: lists of document indices."""
+    def micro_batches(self, seed: int, epoch: int, rank: int) -> Iterator[list[list[int]]]:
+        """This rank's micro-batches of an epoch: the packs of each; none in one that fills up."""
         packs = self.packs_of(epoch)
         order = list(range(len(packs)))
         random.Random(f"epoch {seed} {epoch}").shuffle(order)
         for step in self._steps(order):
             for micro in range(self.accumulation):
                 first = (micro * self.num_ranks + rank) * self.per_device
-                chosen = step[first : first + self.per_device]
-                yield [document for pack in chosen for document in packs[pack]] or [FILLER]
+                yield [packs[number] for number in step[first : first + self.per_device]]
+
+    def epoch(self, seed: int, epoch: int, rank: int) -> Iterator[list[int]]:
+        """This rank's micro-batches of an epoch: lists of document indices."""
+        for packs in self.micro_batches(seed, epoch, rank):
+            yield [document for pack in packs for document in pack] or [FILLER]
 
     def _steps(self, order: list[int]) -> list[list[int]]:
         """The packs of each step: all full but the last. Those of an epoch that is short of whole

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +43,14 @@ from finetune.rendering import Outcome, Renderer
 from finetune.shapes import Example, read_examples
 from finetune.suspicion import CHECKS
 
-VERSION = 2  # of what a folder holds; another one is prepared again
 BLOCK = 1000  # rows that are rendered together
 BLOCK_CHARACTERS = 1 << 20  # or so many of their texts; each takes some 90 bytes on the way to ids
 SIDES = ("train", "heldout")
 _FILES = {"ledgers.json", "overlap.json", *(f"{side}/{name}" for side in SIDES for name in FILES)}
+_CODE = (
+    *("files/*.py", "shapes/*.py", "llama/*.py", "preparation.py", "prepared.py", "rendering.py"),
+    *("overlap.py", "ngrams.py", "suspicion.py", "mojibake.py", "ledger.py"),
+)
 # What of `data:` has no influence on the documents.
 _LATER = {"packing", "on_overlap", "train", "heldout"}
 
@@ -138,7 +145,7 @@ def _facts(
     settings = config.data.model_dump(mode="json", exclude=_LATER)
     return {
         "kind": "data",
-        "version": VERSION,
+        "code": _code_sha256(),
         "recipe": config.recipe,
         "settings": settings,
         "tokenizer": fingerprint(tokenizer),
@@ -154,6 +161,16 @@ def _facts(
             for file in files
         ],
     }
+
+
+@functools.cache
+def _code_sha256() -> str:
+    """Over the sources and libraries that make documents of files: where one changes, nothing
+    that the older one prepared is taken for its own."""
+    package = Path(__file__).parent
+    files = [path for name in _CODE for path in sorted(package.glob(name))]
+    versions = {name: version(name) for name in ("tokenizers", "tiktoken", "transformers")}
+    return sha256_of_json([versions, *(artifact.sha256_of(path) for path in files)])
 
 
 def _refuse_changed(files: Sequence[SourceFile]) -> None:
@@ -232,9 +249,9 @@ class _Preparation:
             self._refuse_other_kind(file, shape)
             if file.number:
                 examples = (dataclasses.replace(e, source=file.number) for e in examples)
-            for block in _blocks(examples):
+            for block, outcomes in self._rendered(examples):
                 num_rows += len(block)
-                self._render(file, block)
+                self._take(file, block, outcomes)
                 self._progress.advance(self._task, len(block))
         except InputError as error:
             self._findings.absorb(error)
@@ -248,8 +265,25 @@ class _Preparation:
             wanted = "plain text (a text column)" if recipe == "pretrain" else "conversations"
             raise InputError(f"{file.path}: holds {shape}; recipe {recipe} trains on {wanted}")
 
-    def _render(self, file: SourceFile, block: Sequence[Example]) -> None:
-        for example, outcome in zip(block, self._renderer(block), strict=True):
+    def _rendered(
+        self, examples: Iterable[Example]
+    ) -> Iterator[tuple[list[Example], list[Outcome]]]:
+        """Blocks of examples with their outcomes, in order; one block is read ahead, since
+        tokenising leaves the interpreter to other threads."""
+        with ThreadPoolExecutor(1) as pool:
+            waiting: deque[tuple[list[Example], Future[list[Outcome]]]] = deque()
+            for block in _blocks(examples, self._findings):
+                waiting.append((block, pool.submit(self._renderer, block)))
+                if len(waiting) > 2:
+                    ready, future = waiting.popleft()
+                    yield ready, future.result()
+            for ready, future in waiting:
+                yield ready, future.result()
+
+    def _take(
+        self, file: SourceFile, block: Sequence[Example], outcomes: Sequence[Outcome]
+    ) -> None:
+        for example, outcome in zip(block, outcomes, strict=True):
             side = self._side_of(file, example)
             self._count(side, example, outcome)
             if outcome.refused:
@@ -270,7 +304,7 @@ class _Preparation:
         if outcome.dropped is not None:
             ledger.drop(outcome.dropped, example.where, outcome.num_tokens_lost)
         elif outcome.documents:
-            ledger.keep(*(document.train_mask for document in outcome.documents))
+            ledger.keep(*(document.size for document in outcome.documents))
             if outcome.num_turns_lost:
                 ledger.shorten(example.where, outcome.num_turns_lost, outcome.num_tokens_lost)
             ledger.num_rows_split += outcome.is_split
@@ -309,10 +343,10 @@ def _text_of(message: dict[str, Any]) -> str:
     return f"{text or ''}{json.dumps(calls, ensure_ascii=False)}" if calls else text
 
 
-def _blocks(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """The rows before a file's findings come too: they are raised after the last row."""
+def _blocks(examples: Iterable[Example], findings: Findings) -> Iterator[list[Example]]:
+    """The rows, those before a file's findings too: they are raised after the last row."""
     block: list[Example] = []
-    size, found = 0, None
+    size = 0
     try:
         for example in examples:
             block.append(example)
@@ -321,11 +355,9 @@ def _blocks(examples: Iterable[Example]) -> Iterator[list[Example]]:
                 yield block
                 block, size = [], 0
     except InputError as error:
-        found = error
+        findings.absorb(error)
     if block:
         yield block
-    if found is not None:
-        raise found
 
 
 def _num_characters(example: Example) -> int:

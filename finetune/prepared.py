@@ -13,10 +13,11 @@ its trained tokens, its source |
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
@@ -50,10 +51,15 @@ class Document:
     input_ids: list[int]
     train_mask: list[bool]
 
-    @property
+    @functools.cached_property
     def num_trained(self) -> int:
         """Tokens that count in the loss; the first has nothing before it and never does."""
-        return sum(self.train_mask[1:])
+        return sum(self.train_mask) - self.train_mask[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Tokens and trained tokens."""
+        return len(self.input_ids), self.num_trained
 
 
 class DocumentWriter:
@@ -112,11 +118,11 @@ class DocumentWriter:
 
 
 def _flat(rows: Sequence[Sequence[int]], dtype: np.dtype[Any]) -> bytes:
-    return np.array([value for row in rows for value in row], dtype).tobytes()
+    return np.fromiter(itertools.chain.from_iterable(rows), dtype, sum(map(len, rows))).tobytes()
 
 
 def _line_of(example: Example) -> bytes:
-    kept = {key: value for key, value in asdict(example).items() if value or key == "where"}
+    kept = {name: value for name, value in vars(example).items() if value or name == "where"}
     try:
         line = json.dumps(kept, ensure_ascii=False, separators=(",", ":"))
     except TypeError:

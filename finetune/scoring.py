@@ -92,12 +92,24 @@ def ask_last_questions(
     assert chat_format is not None, "plain text asks nothing"
     asked = [d for d in documents if d.example.messages[-1]["role"] == "assistant"]
     tokenizer = opened.base.tokenizer
-    prompts = [chat_format.prompt(tokenizer, d.example.messages[:-1]) for d in asked]
-    written = continue_prompts(opened, prompts, Sampling(max_new_tokens))
-    return [
-        _answer(d.example, d.example.messages[-1]["content"], tokenizer.decode(ids))
-        for d, ids in zip(asked, written, strict=True)
+    prompts = [
+        chat_format.prompt(tokenizer, d.example.messages[:-1], tools=d.example.tools) for d in asked
     ]
+    written = continue_prompts(opened, prompts, Sampling(max_new_tokens))
+    stops = set(chat_format.stop_ids(tokenizer))
+    return [
+        _answer(d.example, _expected(d, prompt, stops, tokenizer), tokenizer.decode(ids))
+        for d, prompt, ids in zip(asked, prompts, written, strict=True)
+    ]
+
+
+def _expected(document: Document, prompt: list[int], stops: set[int], tokenizer: Any) -> str:
+    """The last answer: its text, or a tool call as the prompt format writes it."""
+    message = document.example.messages[-1]
+    if not message.get("tool_calls"):
+        return str(message["content"])
+    ids = [i for i in document.input_ids[len(prompt) :] if i not in stops]
+    return str(tokenizer.decode(ids))
 
 
 def _answer(example: Example, expected: str, written: str) -> Answer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from transformers import set_seed
 
 from finetune import adapters, artifact, checkpoint
+from finetune.batching import steps_of
 from finetune.config import RunConfig
 from finetune.data import RunData, load_data
 from finetune.errors import CannotContinue, CheckFailed, InputError
@@ -159,18 +159,7 @@ def choose_checkpoint(parts: Parts, run: RunFolder, first: bool) -> Path | None:
 
 def describe_steps(parts: Parts, plan: BatchPlan) -> str:
     """Steps and tokens as arithmetic, before the first one."""
-    train = parts.config.train
-    unit = "packs" if parts.config.data.packing else "rows"
-    per_epoch = plan.steps_per_epoch
-    total = train.max_steps or math.ceil(per_epoch * (train.num_train_epochs or 1))
-    epoch = [document for pack in plan.packs for document in pack]
-    tokens = int(parts.data.train.lengths[epoch].sum())
-    trained = int(parts.data.train.num_trained[epoch].sum())
-    return (
-        f"steps    {len(plan.packs):,} {unit} / ({plan.per_device} a device x {plan.accumulation} "
-        f"accumulated x {plan.num_ranks} ranks) = {per_epoch:,} steps an epoch; {total:,} steps, "
-        f"about {tokens // per_epoch:,} tokens ({trained // per_epoch:,} trained) each"
-    )
+    return steps_of(parts.config, parts.data, plan).line()
 
 
 def publish(run: RunFolder, base: Base, trainer: OurSeams, first: bool) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from finetune.mojibake import has_mojibake
-from finetune.ngrams import fold
 from finetune.overlap import RowText
 
 MIN_PROMPT_REPEATED = 40  # characters; a shorter prompt is also a natural opening of its answer
@@ -31,6 +30,8 @@ CONTROL_TOKEN = re.compile(
 )
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufff9-\ufffb]")
 RUN = re.compile(rf"(.)\1{{{MIN_RUN - 1}}}", re.DOTALL)
+# No control token is without one of these: most texts need no search by the slow pattern.
+IN_CONTROL_TOKENS = ("<", "[", "### ")
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#[0-9]{1,6}|#x[0-9a-f]{1,6});", re.IGNORECASE)
 TAG = re.compile(
@@ -94,20 +95,27 @@ def _in_either(finds: Callable[[str], bool]) -> Callable[[RowText], bool]:
 
 
 def _is_empty(row: RowText) -> bool:
-    return not fold(row.answer)
+    return not row.folded_answer
 
 
 def _repeats_prompt(row: RowText) -> bool:
-    prompt = fold(row.prompt)
-    return bool(prompt) and prompt == fold(row.answer)
+    return bool(row.folded_prompt) and row.folded_prompt == row.folded_answer
 
 
 def _opens_with_prompt(row: RowText) -> bool:
-    prompt, answer = fold(row.prompt), fold(row.answer)
+    prompt, answer = row.folded_prompt, row.folded_answer
     return len(prompt) >= MIN_PROMPT_REPEATED and answer != prompt and answer.startswith(prompt)
 
 
+def _has_control_token(text: str) -> bool:
+    if not any(map(text.__contains__, IN_CONTROL_TOKENS)):
+        return False
+    return CONTROL_TOKEN.search(text) is not None
+
+
 def _has_markup(row: RowText) -> bool:
+    if "<" not in row.answer and "&" not in row.answer:
+        return False
     if MEANS_MARKUP.search(row.prompt):
         return False
     prose = CODE.sub(" ", row.answer)
@@ -115,11 +123,24 @@ def _has_markup(row: RowText) -> bool:
     return max(tags, len(ENTITY.findall(prose))) >= MIN_MARKUP
 
 
+def _may_have_run(text: str) -> bool:
+    """Whether an aligned window, half as long as a run, begins and ends with one character: a run
+    holds such a window whole."""
+    half = MIN_RUN // 2
+    places = zip(text[::half], text[1::half], text[half - 1 :: half], strict=False)
+    return any(first == second == last for first, second, last in places)
+
+
 def _has_long_run(text: str) -> bool:
-    if RUN.search(text):
+    if _may_have_run(text) and RUN.search(text):
         return True
+    if text.count("\n") < MIN_EQUAL_LINES - 1:
+        return False
+    lines = [line.strip() for line in text.split("\n")]
+    if len(lines) - len(set(lines)) < MIN_EQUAL_LINES - 1:
+        return False
     previous, count = "", 0
-    for line in map(str.strip, text.split("\n")):
+    for line in lines:
         count = count + 1 if line == previous else 1
         previous = line
         if count >= MIN_EQUAL_LINES and len(line) >= MIN_LINE and any(map(str.isalpha, line)):
@@ -128,8 +149,9 @@ def _has_long_run(text: str) -> bool:
 
 
 def _is_refusal(row: RowText) -> bool:
-    answer = fold(row.answer[: MAX_REFUSAL + 1]).replace("’", "'")
-    return len(row.answer) <= MAX_REFUSAL and REFUSAL.match(answer) is not None
+    if len(row.answer) > MAX_REFUSAL:
+        return False
+    return REFUSAL.match(row.folded_answer.replace("’", "'")) is not None
 
 
 def _is_trimmed(row: RowText) -> bool:
@@ -168,7 +190,7 @@ CHECKS = (
     Check(
         "control tokens as text",
         "it stays text and ends no turn; rows that were rendered before are rendered twice",
-        _in_either(lambda text: CONTROL_TOKEN.search(text) is not None),
+        _in_either(_has_control_token),
     ),
     Check(
         "long repetition",

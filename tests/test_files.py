@@ -85,6 +85,7 @@ READ = {
         [("1", A), ("2", LONG), ("3", B)],
     ),
     "pretty json": ("x.json", b'[\n  {"text": "a"},\n  {"text":\n "b"}\n]\n', [("1", A), ("2", B)]),
+    "one object": ("x.json", b' {"text": "a"}\n', [("1", A)]),
     "quoted newlines": (
         "x.csv",
         b'q,a\r\n"1\r\n2",x\r\n\r\n"say ""b""",\n',
@@ -208,15 +209,11 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         TWO,
         " holds one object after another, not an array; that is .jsonl",
     ),
-    "single object": (
-        "x.json",
-        b'{"text": "a"}',
-        " is a single object; expected an array of objects",
-    ),
+    "key twice in one object": ("x.json", b'{"text": "a", "text": "b"}', " has the key 'text' t"),
     "rows in an object": (
         "x.json",
         b'{"version": 1, "data": [{"text": "a"}]}',
-        "put it into [ ]; its rows seem to be the list under 'data': save that list",
+        " is one object whose rows seem to be the list under 'data': save that list",
     ),
     "single text": ("x.json", b'"a"', " is text; expected an array of objects"),
     "no json": ("x.json", b"text", " is not JSON: Expecting value (line 1, column 1)"),

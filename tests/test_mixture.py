@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from small_runs import adapter_tensors, embedded_rows, losses, same_bits, step_lines, write_rows
 
 from finetune import artifact, checkpoint, stages
+from finetune.batching import plan_batches
 from finetune.errors import InputError
 from finetune.mixture import Mixture
 from finetune.packing import FILLER, BatchPlan
-from finetune.recipes.assembly import plan_batches
 
 EPOCHS = 5
 

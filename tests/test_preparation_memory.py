@@ -12,6 +12,7 @@ import pytest
 
 from finetune import preparation
 from finetune.errors import InputError
+from finetune.files import Findings
 from finetune.shapes import Example
 
 NANO = Path(__file__).resolve().parents[1] / "assets" / "llama-nano" / "tokenizer.model"
@@ -96,18 +97,17 @@ def test_blocks_are_bounded_by_rows_and_by_characters(monkeypatch):
     monkeypatch.setattr(preparation, "BLOCK", 5)
     monkeypatch.setattr(preparation, "BLOCK_CHARACTERS", 100)
     rows = examples_of(*[1] * 12, 60, 60, 60, 500, 1, 99, 1)
-    blocks = list(preparation._blocks(iter(rows)))
+    blocks = list(preparation._blocks(iter(rows), Findings()))
     assert [row for block in blocks for row in block] == rows
     assert [len(block) for block in blocks] == [5, 5, 4, 2, 2, 1]
-    assert list(preparation._blocks(iter(()))) == []
+    assert list(preparation._blocks(iter(()), Findings())) == []
 
 
-def test_the_rows_before_findings_are_handed_out_before_those_are_raised():
+def test_the_rows_before_findings_are_handed_out_too():
     def read():
         yield from examples_of(1, 1, 1)
         raise InputError("found")
 
-    blocks = preparation._blocks(read())
-    assert len(next(blocks)) == 3
-    with pytest.raises(InputError, match="found"):
-        next(blocks)
+    findings = Findings()
+    assert [len(block) for block in preparation._blocks(read(), findings)] == [3]
+    assert (findings.named, findings.total) == (["found"], 1)

@@ -18,7 +18,7 @@ from finetune.prepared import Document, DocumentWriter, PreparedDocuments
 from finetune.shapes import Example
 
 EXAMPLES = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 IDS = st.one_of(
     st.integers(0, 1023),

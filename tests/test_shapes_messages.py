@@ -187,9 +187,11 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
         "messages[0] has tool calls; only an assis",
     ),
     (
-        chat(USER | {"content": "x", "train": True}),
-        "messages[0] has train: true; only an assistant's",
+        chat(USER | {"content": "x", "python_tag": True}),
+        "messages[0] has python_tag; only an assistant's",
     ),
+    (chat(ASSISTANT | {"content": "x", "python_tag": 1}), "messages[0].python_tag is a number"),
+    (chat(ASSISTANT | {"content": "x", "end": "eos"}), 'end is "eos"; allowed: eot or eom'),
     (
         chat(ASSISTANT | {"content": "x", "train": "no"}),
         "messages[0].train is text; allowed: true or",

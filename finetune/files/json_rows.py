@@ -142,7 +142,8 @@ class _Window:
 
 
 def read_array(path: Path, findings: Findings) -> Iterator[Row]:
-    """Rows of a .json file: one array of objects. The first syntax error ends the file."""
+    """Rows of a .json file: one array of objects, or one object, which is a row by itself. The
+    first syntax error ends the file."""
     with open_text(path) as text:
         window = _Window(text)
         first = window.next_character()
@@ -150,7 +151,7 @@ def read_array(path: Path, findings: Findings) -> Iterator[Row]:
             window.position += 1
             yield from _elements(path, window, findings)
         elif first:
-            findings.add(f"{path}: {_other_than_array(window, first)}")
+            yield from _alone(path, window, first, findings)
 
 
 def _elements(path: Path, window: _Window, findings: Findings) -> Iterator[Row]:
@@ -193,15 +194,28 @@ def _check_end(
         findings.add(f"{path}: has more after the array's end; expected one array of objects")
 
 
-def _other_than_array(window: _Window, first: str) -> str:
+def _alone(path: Path, window: _Window, first: str, findings: Findings) -> Iterator[Row]:
+    """The row of a file that holds one object and no array."""
     try:
         value = window.next_value()
     except NotText as error:
-        return f"{error}; expected an array of objects"
+        findings.add(f"{path}: {error}; expected an array of objects")
+        return
+    wrong = _alone_reason(value, window, first)
+    if wrong:
+        findings.add(f"{path}: {wrong}")
+    else:
+        yield Row(f"{path}:1", value)
+
+
+def _alone_reason(value: Any, window: _Window, first: str) -> str | None:
     if first != "{":
         return f"is {kind_of(value)}; expected an array of objects"
+    if window.decoder.complaints:
+        return window.decoder.complaints[0]
     if window.next_character():
         return "holds one object after another, not an array; that is .jsonl: rename it"
     named = next((name for name in _ROWS_UNDER if isinstance(value.get(name), list)), None)
-    inside = f"; its rows seem to be the list under {named!r}: save that list" if named else ""
-    return f"is a single object; expected an array of objects: put it into [ ]{inside}"
+    if named:
+        return f"is one object whose rows seem to be the list under {named!r}: save that list"
+    return None

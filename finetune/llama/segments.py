@@ -5,10 +5,10 @@ Each function takes a conversation that fits the format and yields what stands a
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.errors import InputError
 from finetune.llama.conversation import Call, Conversation, Message, calls_of
@@ -24,8 +24,7 @@ CALL_AS_JSON = (
 )
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A control token or a piece of text.
 
     Attributes:
@@ -67,6 +66,7 @@ def llama2(conversation: Conversation, date_string: str) -> Iterator[Segment]:
             yield Segment("</s>", True, index, True)
 
 
+@functools.cache
 def header(role: str) -> tuple[Segment, ...]:
     """What opens a turn in Llama 3 and later."""
     return (

@@ -65,7 +65,7 @@ def read_tiktoken(
     """
     ranks = _read_ranks(path)
     _check_ranks(path, ranks, num_ranks)
-    letters = _byte_letters()
+    letters = byte_letters()
 
     def spelled(piece: bytes) -> str:
         return "".join(letters[byte] for byte in piece)
@@ -87,7 +87,7 @@ def read_tiktoken(
     tokenizer.decoder = decoders.ByteLevel()
     names = special_tokens(is_llama_30)
     tokenizer.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
-    probe = tuple(text for piece in ranks if (text := _as_text(piece)))
+    probe = tuple(text for piece in ranks if (text := as_text(piece)))
     return TokenizerParts(tokenizer, names[0], names[1], None, None, _encoder(ranks), probe)
 
 
@@ -131,7 +131,7 @@ def _check_ranks(path: Path, ranks: Mapping[bytes, int], num_ranks: int) -> None
         raise InputError(f"{path}: has no rank for the single bytes {missing[:5]} …")
 
 
-def _byte_letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """The printable letter that byte-level BPE writes for each byte (GPT-2's table)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = {byte: chr(byte) for byte in printable}
@@ -139,7 +139,8 @@ def _byte_letters() -> dict[int, str]:
     return letters | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
 
 
-def _as_text(piece: bytes) -> str | None:
+def as_text(piece: bytes) -> str | None:
+    """A piece as text; None where it is a part of a character."""
     try:
         return piece.decode()
     except UnicodeDecodeError:

@@ -13,8 +13,6 @@ import difflib
 import hashlib
 import json
 import sys
-import threading
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from finetune.errors import InputError
+from finetune.llama.content_encoder import content_encoder
 from finetune.llama.downloads import read_json_object, refuse_failed_download
 from finetune.llama.sentencepiece_file import TokenizerParts, read_sentencepiece
 from finetune.llama.tiktoken_file import (
@@ -36,11 +35,6 @@ from finetune.llama.tokenizer_proof import prove_equal
 
 # Tokens to pad with, best first; never the end of the text, or it would never be learnt.
 _PADS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|reserved_special_token_0|>")
-
-_content_lock = threading.Lock()
-_content: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, Tokenizer] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 def load_tokenizer(
@@ -88,12 +82,11 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
     Raises:
         InputError: as `encode_text`, naming the text.
     """
-    content = _content_tokenizer(tokenizer)
+    encode = content_encoder(tokenizer)
     try:
-        encodings = content.encode_batch_fast(list(texts), add_special_tokens=False)
-    except (UnicodeEncodeError, TypeError):
+        return encode(texts)
+    except (UnicodeEncodeError, TypeError, AttributeError):
         raise InputError(_unencodable(texts)) from None
-    return [encoding.ids for encoding in encodings]
 
 
 def special_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
@@ -116,12 +109,16 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
     Truncation, padding and the template that adds BOS are left out: they are a caller's choice.
     """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = {key: state[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+    backend = tokenizer.backend_tokenizer
+    added = {i: str(token) for i, token in backend.get_added_tokens_decoder().items()}
+    parts = {"added": sorted(added.items())}
     for role in ("bos", "eos", "pad", "unk"):
-        kept[role] = getattr(tokenizer, f"{role}_token")
-    text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+        parts[role] = getattr(tokenizer, f"{role}_token")
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    # Each serialises itself; through to_str() and JSON, 128,000 pieces take over a second.
+    for part in (backend.model, backend.normalizer, backend.pre_tokenizer):
+        digest.update(part.__getstate__() if part is not None else b"none")
+    return digest.hexdigest()
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str) -> None:
@@ -238,35 +235,6 @@ def _with_padding(tokenizer: PreTrainedTokenizerFast, path: Path) -> PreTrainedT
         f"{path}: has no token to pad with other than the end of the text; one of {_PADS} or an "
         "unknown token is needed"
     )
-
-
-def _content_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A companion that encodes content: the same model, without special tokens to match.
-
-    It is kept as long as its tokenizer lives; the tokenizer itself stays as it is.
-    """
-    with _content_lock:
-        content = _content.get(tokenizer)
-        if content is None:
-            content = _content[tokenizer] = _new_content_tokenizer(tokenizer)
-    return content
-
-
-def _new_content_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    backend = tokenizer.backend_tokenizer
-    if all(token.special for token in backend.get_added_tokens_decoder().values()):
-        content = Tokenizer(backend.model)  # shared, not copied
-        if backend.normalizer is not None:
-            content.normalizer = backend.normalizer
-        if backend.pre_tokenizer is not None:
-            content.pre_tokenizer = backend.pre_tokenizer
-        return content
-    # Added tokens that are not special are part of how text is written: keep those.
-    content = Tokenizer.from_str(backend.to_str())
-    content.encode_special_tokens = True
-    content.no_truncation()
-    content.no_padding()
-    return content
 
 
 def _unencodable(texts: Sequence[Any]) -> list[str]:

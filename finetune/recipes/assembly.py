@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from finetune.batching import plan_batches
 from finetune.config import RunConfig
-from finetune.data import RunData, num_epochs
-from finetune.packing import BatchPlan, best_fit
+from finetune.data import RunData
 from finetune.trainer import TrainerInputs
 
 
@@ -38,36 +37,6 @@ class Parts:
     tokenizer: PreTrainedTokenizerFast
     data: RunData
     num_ranks: int
-
-
-def plan_batches(config: RunConfig, data: RunData, num_ranks: int) -> BatchPlan:
-    """Packs the training documents; without packing each is a pack of its own.
-
-    Where the sources have weights, each epoch holds other documents and has its own packs.
-    """
-    train, mixture = config.train, data.mixture
-    plan = BatchPlan(
-        _packs(config, data, 0),
-        train.per_device_train_batch_size,
-        train.gradient_accumulation_steps,
-        num_ranks,
-    )
-    if mixture is None:
-        return plan
-    epochs = range(1, num_epochs(config, plan.steps_per_epoch))
-    later = tuple(_packs(config, data, epoch) for epoch in epochs)
-    return dataclasses.replace(plan, later=later)
-
-
-def _packs(config: RunConfig, data: RunData, epoch: int) -> list[list[int]]:
-    chosen = list(range(len(data.train)))
-    if data.mixture is not None:
-        chosen = data.mixture.documents(epoch)
-    if not config.data.packing:
-        return [[index] for index in chosen]
-    lengths = data.train.lengths[chosen].tolist()
-    packs = best_fit(lengths, config.data.max_length, config.run.seed)
-    return [[chosen[place] for place in pack] for pack in packs]
 
 
 def trainer_inputs(parts: Parts) -> TrainerInputs:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from finetune.shapes.layouts import QUESTIONS, SHAPES, given
+from finetune.shapes.layouts import QUESTIONS, SHAPES
 from finetune.shapes.messages import is_chat, is_sharegpt
 from finetune.shapes.preferences import Reading, as_yaml, preference_reason
 
@@ -29,7 +30,13 @@ _DOCUMENT = ("content", "document", "body", "article", "story", "passage", "raw_
 
 def fitting_shapes(columns: Mapping[str, Any]) -> list[str]:
     """Every shape that has its required columns in the row; null is as good as absent."""
-    return [shape for shape in SHAPES if any(given(columns, *r) for r in _requirements(shape))]
+    return list(_fitting(tuple(name for name, value in columns.items() if value is not None)))
+
+
+@functools.lru_cache(maxsize=1024)  # the rows of a file have a few sets of names, or one
+def _fitting(names: tuple[str, ...]) -> tuple[str, ...]:
+    there = set(names)
+    return tuple(s for s in SHAPES if any(there.issuperset(r) for r in _requirements(s)))
 
 
 def _requirements(shape: str) -> tuple[tuple[str, ...], ...]:

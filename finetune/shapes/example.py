@@ -10,8 +10,9 @@ Message = dict[str, Any]
 """One turn.
 
 role: system | user | assistant | tool. content: text; any JSON value where the role is tool.
-Only where the row has them, tool_calls: [{"name": str, "arguments": dict}] (assistant), and
-train: whether this turn is trained on, above what the config says.
+Only where the row has them, tool_calls: [{"name": str, "arguments": dict}], python_tag and end
+(an assistant's; see finetune.llama.segments.verbatim), and train: whether this turn is trained on,
+above what the config says.
 """
 
 

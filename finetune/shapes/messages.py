@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.files.strict_json import kind_of
+from finetune.files.strict_json import kind_of, parse
 from finetune.shapes.example import Message
 from finetune.shapes.tool_calls import read_calls, read_function_call
 
@@ -35,7 +35,10 @@ SHAREGPT_ROLES = {
 # place in them either.
 _WITHOUT_EFFECT = {"id", "name", "tool_call_id"}
 _MARKS = {"train", "weight"}
+# What a turn of an exact transcript may say (format llama3.1-verbatim).
+_TRANSCRIPT = {"python_tag", "end"}
 _CHAT_KEYS = {"role", "content", "tool_calls", "function_call"} | _MARKS | _WITHOUT_EFFECT
+_CHAT_KEYS |= _TRANSCRIPT
 _SHAREGPT_KEYS = {"from", "value"} | _MARKS | _WITHOUT_EFFECT
 _LONGEST_ROLE = 24
 
@@ -114,7 +117,19 @@ def _chat(message: Any, place: str) -> Message:
     result: Message = {"role": role, "content": _content(message, role, bool(calls), place)}
     if calls:
         result["tool_calls"] = calls
-    return result | _training(message, role, place)
+    return result | _transcript(message, role, place) | _training(message, place)
+
+
+def _transcript(message: Mapping[str, Any], role: str, place: str) -> Message:
+    """`python_tag` and `end` of an exact transcript, where they are given."""
+    given = {key: message[key] for key in _TRANSCRIPT if message.get(key) is not None}
+    if given and role != "assistant":
+        raise ValueError(f"{place} has {', '.join(sorted(given))}; only an assistant's message may")
+    if not isinstance(given.get("python_tag", False), bool):
+        raise ValueError(f"{place}.python_tag is {kind_of(given['python_tag'])}; allowed: a bool")
+    if given.get("end", "eot") not in ("eot", "eom"):
+        raise ValueError(f"{place}.end is {json.dumps(given['end'])[:20]}; allowed: eot or eom")
+    return given
 
 
 def _sharegpt(message: Any, place: str) -> Message:
@@ -127,11 +142,22 @@ def _sharegpt(message: Any, place: str) -> Message:
     if message["from"] == "function_call":
         calls = read_function_call(message.get("value"), f"{place}.value")
         result: Message = {"role": role, "content": "", "tool_calls": calls}
-    elif role == "tool" and not isinstance(message.get("value"), str) and "value" in message:
-        result = {"role": role, "content": message["value"]}
+    elif role == "tool" and "value" in message:
+        result = {"role": role, "content": _observed(message["value"])}
     else:
         result = {"role": role, "content": text_of(message, "value", f"{place}.")}
-    return result | _training(message, role, place)
+    return result | _training(message, place)
+
+
+def _observed(value: Any) -> Any:
+    """A tool's result: JSON as text is that JSON, as it is for a call; other text stays text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = parse(value)
+    except ValueError:
+        return value
+    return parsed if isinstance(parsed, (dict, list)) else value
 
 
 def _role(
@@ -190,7 +216,7 @@ def _part(part: Any, place: str) -> str:
     return text_of(part, "text", f"{place}.")
 
 
-def _training(message: Mapping[str, Any], role: str, place: str) -> Message:
+def _training(message: Mapping[str, Any], place: str) -> Message:
     """`train`, or OpenAI's `weight` 0 or 1 for it; nothing where neither is said."""
     train, weight = message.get("train"), message.get("weight")
     if train is not None and weight is not None:
@@ -203,6 +229,4 @@ def _training(message: Mapping[str, Any], role: str, place: str) -> Message:
         return {}
     if not isinstance(train, bool):
         raise ValueError(f"{place}.train is {kind_of(train)}; allowed: true or false")
-    if train and role != "assistant":
-        raise ValueError(f"{place} has train: true; only an assistant's message is trained")
     return {"train": train}

@@ -21,7 +21,7 @@ from source_files import (
 LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
-    " llama.presets ngrams mojibake",
+    " pages llama.presets ngrams mojibake",
     "config overlap cache",
     "llama adapters fast run_folder ledger suspicion hub",
     "files",
@@ -30,7 +30,9 @@ LINES = (
     "rendering mixture",
     "preparation",
     "data model plan packing",
-    "checkpoint heldout preview",
+    "batching tokens excerpts",
+    "summary",
+    "checkpoint heldout preview inspection",
     "trainer inference",
     "recipes monitor scoring proof",
     "stages",
@@ -46,6 +48,7 @@ ALLOWED_UPWARDS = {("train", "smoke")}
 
 LIGHT = {"errors", "artifact", "cache", "config", "run_folder", "files", "shapes", "ledger"}
 LIGHT |= {"plan", "ngrams", "overlap", "suspicion", "mojibake", "prepared", "mixture", "report"}
+LIGHT |= {"pages"}
 WITHOUT_TORCH = sorted(LIGHT | {name for name in LEVELS if name.startswith("llama.")})
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
 
