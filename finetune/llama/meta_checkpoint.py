@@ -23,6 +23,7 @@ PARAMS = "params.json"
 _SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 # Tables of RoPE that Llama 1 and 2 saved along; they follow from the architecture.
 _NOT_WEIGHTS = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
+_LAYER = re.compile(r"layers\.(\d+)\.")
 _MAX_SHOWN = 8
 
 
@@ -80,6 +81,7 @@ def read_checkpoint(folder: Path) -> MetaCheckpoint:
     shards = _shard_paths(folder)
     states = [load_shard(path) for path in shards]
     arch, embedding_split = _architecture(folder, params, states)
+    _check_depth(shards[0], arch, states[0])
     listed = {w.hf: w for w in weights_of(arch, len(shards), embedding_split)}
     if "output.weight" not in states[0]:
         del listed["lm_head.weight"]
@@ -181,6 +183,16 @@ def _architecture(
         return from_params_json(params, vocab_size=num_rows if stated == -1 else None), split
     except InputError as error:
         raise InputError([f"{folder / PARAMS}: {f}" for f in error.findings]) from None
+
+
+def _check_depth(shard: Path, arch: Architecture, state: Mapping[str, Tensor]) -> None:
+    """Compared before anything is listed by layer: a file may state any number of them."""
+    layers = {found.group(1) for name in state if (found := _LAYER.match(str(name)))}
+    if len(layers) != arch.n_layers:
+        raise InputError(
+            f"{shard}: has {len(layers)} layers, {PARAMS} says {arch.n_layers}; they are not of "
+            "one model"
+        )
 
 
 def _check_shapes(

@@ -291,6 +291,8 @@ def test_a_params_json_of_another_size(two_shards, tmp_path):
     for change in ({"n_layers": 3}, {"dim": 128}, {"n_kv_heads": 8}, {"multiple_of": 256}):
         (two_shards / "params.json").write_text(json.dumps(params | change))
         refused(two_shards, tmp_path, "params.json")
+    (two_shards / "params.json").write_text(json.dumps(params | {"n_layers": 10**15}))
+    refused(two_shards, tmp_path, "has 2 layers, params.json says 1000000000000000")
 
 
 def test_a_params_json_of_another_kind_of_model(two_shards, tmp_path):
