@@ -88,6 +88,7 @@ def read_checkpoint(folder: Path) -> MetaCheckpoint:
     _check_shapes(shards, states, list(listed.values()))
     dtype = _common_dtype(shards, states, list(listed.values()))
     _check_repeated(shards, states, list(listed.values()))
+    _check_distinct(shards, states, list(listed.values()))
     checkpoint = MetaCheckpoint(folder, shards, arch, embedding_split, dtype, listed)
     tied = _is_tied(OpenCheckpoint(checkpoint, states))
     return replace(checkpoint, arch=replace(arch, tie_word_embeddings=tied))
@@ -248,6 +249,24 @@ def _check_repeated(
                 raise InputError(
                     f"{shards[number]}: is of another model than {shards[first].name}: "
                     f"{weight.meta}, which both repeat, differs"
+                )
+
+
+def _check_distinct(
+    shards: Sequence[Path], states: Sequence[Mapping[str, Tensor]], weights: Sequence[Weight]
+) -> None:
+    """One shard under two names would fit in every other way, and make a wrong model."""
+    import torch
+
+    cut = [weight.meta for weight in weights if weight.split is not None and weight.num_copies == 1]
+    for number, state in enumerate(states):
+        for earlier in range(number):
+            # Two parts of a model differ in the first row already: nothing more is read.
+            pairs = ((states[earlier][name], state[name]) for name in cut)
+            if all(torch.equal(a[0], b[0]) and torch.equal(a, b) for a, b in pairs):
+                raise InputError(
+                    f"{shards[number]}: holds the same part of the model as "
+                    f"{shards[earlier].name}; download both again"
                 )
 
 

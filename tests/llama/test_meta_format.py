@@ -286,6 +286,11 @@ def test_shards_of_two_models(two_shards, hf_folder, tmp_path):
     refused(two_shards, tmp_path, "consolidated.01.pth", "another model", "norm")
 
 
+def test_one_shard_under_two_names(two_shards, tmp_path):
+    shutil.copy(two_shards / "consolidated.00.pth", two_shards / "consolidated.01.pth")
+    refused(two_shards, tmp_path, "consolidated.01.pth", "same part", "consolidated.00.pth")
+
+
 def test_a_params_json_of_another_size(two_shards, tmp_path):
     params = json.loads((two_shards / "params.json").read_text())
     for change in ({"n_layers": 3}, {"dim": 128}, {"n_kv_heads": 8}, {"multiple_of": 256}):
