@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -109,15 +110,22 @@ def load_shard(path: Path) -> dict[str, Tensor]:
         if not is_zip and file.read(4) == b"PK\x03\x04":
             raise InputError(f"{path}: was cut off (its zip directory is missing); get it again")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
+        with warnings.catch_warnings(action="ignore"):  # of what is refused here anyway
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: {_unpickling_cause(str(error))}") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch's advice to load such files without its safeguard is not passed on.
+        cause = re.split(r"\n|\. ", str(error))[0] or type(error).__name__
         raise InputError(f"{path}: is damaged or no PyTorch checkpoint ({cause})") from None
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise InputError(f"{path}: holds no table of named tensors, as Meta's checkpoints do")
-    return {name: t for name, t in state.items() if not _NOT_WEIGHTS.fullmatch(str(name))}
+    kept = {name: t for name, t in state.items() if not _NOT_WEIGHTS.fullmatch(str(name))}
+    for name, tensor in kept.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            kind = "sparse" if tensor.layout != torch.strided else "without content"
+            raise InputError(f"{path}: {name} is {kind}; Meta's checkpoints hold plain matrices")
+    return kept
 
 
 def check_intact(shards: Sequence[Path]) -> None:
@@ -150,7 +158,7 @@ def _unpickling_cause(message: str) -> str:
             f"holds more than tensors (it asks for {found.group(1)}); files that could run code "
             "are refused, nothing of it was executed"
         )
-    return "is no PyTorch checkpoint, or was cut off"
+    return "is no PyTorch checkpoint of tensors alone, or was cut off; nothing of it was executed"
 
 
 def _names(folder: Path) -> list[str]:
@@ -228,7 +236,10 @@ def _common_dtype(
 ) -> str:
     from finetune.llama.safetensors_stream import dtype_name
 
-    names = {dtype_name(state[w.meta].dtype) for state in states for w in weights}
+    try:
+        names = {dtype_name(state[w.meta].dtype) for state in states for w in weights}
+    except InputError as error:
+        raise InputError(f"{shards[0].parent}: {error}") from None
     if len(names) > 1:
         raise InputError(
             f"{shards[0].parent}: weights of several types: {', '.join(sorted(names))}"
