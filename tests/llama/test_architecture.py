@@ -27,6 +27,16 @@ def test_arch_json_equals_the_facts_file(shared, capsys):
         assert {key: row[key] for key in stated} == stated, name
 
 
+def test_every_row_of_arch_has_every_field(capsys):
+    assert a.main(["--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == [*a.PRESETS, "transformer-base"]
+    for row in rows:
+        assert row.keys() >= rows[0].keys()
+        assert a.main([row["name"], "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == [row]
+
+
 def test_the_sizes_of_the_papers():
     """Independent of the facts file: widths and counts that the papers and cards print."""
     widths = {"llama1-33b": 17920, "llama2-70b": 28672, "llama3.1-405b": 53248}
