@@ -110,7 +110,8 @@ def load_shard(path: Path) -> dict[str, Tensor]:
         if not is_zip and file.read(4) == b"PK\x03\x04":
             raise InputError(f"{path}: was cut off (its zip directory is missing); get it again")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of what is refused here anyway
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused here anyway
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: {_unpickling_cause(str(error))}") from None
