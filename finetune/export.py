@@ -53,7 +53,8 @@ def exportable_folder(target: Path) -> Path:
 def original_tokenizer(target: Path, folder: Path, given: Path | None) -> Path:
     """The original tokenizer file of a model: SentencePiece or tiktoken, not tokenizer.json.
 
-    Looked for where it was named, in the model's folder, and in that of the run's base.
+    Looked for where it was named, in the model's folder, in that of the run's base, and where the
+    run's config names one.
 
     Raises:
         InputError: there is none, or it gives other ids than the model's own tokenizer.
@@ -62,7 +63,9 @@ def original_tokenizer(target: Path, folder: Path, given: Path | None) -> Path:
     if given is not None:
         places = [given]
     elif (target / "config.yaml").exists():
-        places.append(find_base(RunFolder(target).config(), target).folder)
+        config = RunFolder(target).config()
+        places.append(find_base(config, target).folder)
+        places += [Path(config.base.tokenizer)] if config.base.tokenizer else []
     found = [f for place in places for f in _candidates(place) if f.is_file()]
     if not found:
         raise InputError(
@@ -75,7 +78,9 @@ def original_tokenizer(target: Path, folder: Path, given: Path | None) -> Path:
 
 
 def _candidates(place: Path) -> list[Path]:
-    return [place] if place.is_file() else [place / name for name in ORIGINALS]
+    if place.is_file():
+        return [] if place.suffix == ".json" else [place]  # tokenizer.json is nobody's original
+    return [place / name for name in ORIGINALS]
 
 
 def fingerprint_of_file(path: Path, model_folder: Path) -> str:

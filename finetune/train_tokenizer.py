@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
+import secrets
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from finetune.errors import InputError
+from finetune.errors import CannotContinue, InputError
 from finetune.llama.downloads import refuse_failed_download
 from finetune.shapes import read_examples
 
@@ -122,8 +124,7 @@ def main(argv: Sequence[str]) -> int:
     lines = [line for path in args.files for line in read_lines(path)]
     content = train_sentencepiece(lines, args.vocab_size, args.control)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_bytes(content)
-    facts = _measured(args.out, lines)
+    facts = _publish(args.out, content, lines)
     print(
         f"{args.out}: {facts['pieces']:,} pieces; {facts['characters_per_token']:.3f} characters "
         f"a token on {facts['lines']:,} lines",
@@ -132,6 +133,20 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         print(json.dumps(facts))
     return 0
+
+
+def _publish(out: Path, content: bytes, lines: Sequence[str]) -> dict[str, float]:
+    """Writes the file under its name once it is whole, proven and measured."""
+    temporary = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        temporary.write_bytes(content)
+        facts = _measured(temporary, lines)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise CannotContinue(f"{out}: could not be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return facts
 
 
 def _measured(path: Path, lines: Sequence[str]) -> dict[str, float]:

@@ -60,6 +60,20 @@ def test_a_run_is_exported_as_it_was_merged(bench, meta_base, tmp_path, capsys):
     assert not out.exists()
 
 
+def test_the_tokenizer_that_the_config_names_is_found(bench, tmp_path):
+    shape = "{dim: 32, n_layers: 1, n_heads: 2, vocab_size: 1024}"
+    run = bench.train(
+        "base.path=null",
+        f"base.architecture={shape}",
+        f"base.tokenizer={NANO}",
+        "train.max_steps=1",
+    )
+    merge.merge(run)
+    out = tmp_path / "out"
+    assert main(["export", str(run.path), "--format", "meta", "--out", str(out)]) == 0
+    assert (out / "tokenizer.model").read_bytes() == (NANO / "tokenizer.model").read_bytes()
+
+
 def test_what_cannot_be_exported_is_refused(small_base, meta_base, tmp_path, capsys):
     out = tmp_path / "out"
 
@@ -75,6 +89,8 @@ def test_what_cannot_be_exported_is_refused(small_base, meta_base, tmp_path, cap
     argv = ["train-tokenizer", str(NANO / "data" / "train.jsonl"), "--vocab-size", "400"]
     assert main([*argv, "--out", str(other)]) == 0
     assert "is not the tokenizer of" in refused(small_base, "--tokenizer", str(other))
+    as_json = ["--tokenizer", str(small_base / "tokenizer.json")]
+    assert "needs the original tokenizer.model" in refused(small_base, *as_json)
     nano = ["--tokenizer", str(NANO / "tokenizer.model")]
     assert "num_shards: 3" in refused(small_base, "--shards", "3", *nano)
     assert "num_shards: 0" in refused(small_base, "--shards", "0", *nano)

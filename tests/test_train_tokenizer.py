@@ -84,3 +84,10 @@ def test_an_existing_file_is_not_overwritten(rows, tmp_path, capsys):
     out.write_bytes(b"mine")
     assert main(["train-tokenizer", str(rows), "--vocab-size", "400", "--out", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err and out.read_bytes() == b"mine"
+
+
+def test_a_tokenizer_that_fails_its_proof_leaves_no_file(rows, tmp_path):
+    out = tmp_path / "new" / "t.model"
+    argv = ["train-tokenizer", str(rows), "--vocab-size", "400", "--out", str(out)]
+    assert main([*argv, "--control", "x"]) == 2  # cannot be both a letter and a control token
+    assert list(out.parent.iterdir()) == []

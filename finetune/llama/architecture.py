@@ -226,6 +226,12 @@ def describe(name: str, arch: Architecture) -> dict[str, Any]:
     }
 
 
+def describe_original() -> dict[str, Any]:
+    """The original Transformer under the same keys; what it does not have is None."""
+    llama = describe("llama1-7b", PRESETS["llama1-7b"])
+    return dict.fromkeys(llama) | dict(ORIGINAL_TRANSFORMER)
+
+
 _COLUMNS = (
     *("name", "dim", "n_layers", "n_heads", "n_kv_heads", "intermediate_size", "vocab_size"),
     *("context", "rope_theta", "tie_word_embeddings"),
@@ -236,7 +242,12 @@ def _table(rows: list[dict[str, Any]]) -> str:
     lines = [[*_COLUMNS, "parameters"]]
     for row in rows:
         total = row.get("params_computed") or row["params_published"]
-        lines.append([*(str(row.get(column, "")) for column in _COLUMNS), f"{total:,}"])
+        lines.append(
+            [
+                *(str("" if row[column] is None else row[column]) for column in _COLUMNS),
+                f"{total:,}",
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         line[0].ljust(widths[0])
@@ -258,12 +269,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("name", nargs="?", help="a preset or a documented hub id; all if left out")
     parser.add_argument("--json", action="store_true", help="a list of objects on stdout")
     args = parser.parse_args(argv)
-    if args.name is not None:
+    if args.name == ORIGINAL_TRANSFORMER["name"]:
+        rows = [describe_original()]
+    elif args.name is not None:
         name = HUB_IDS.get(args.name, args.name)
         rows = [describe(name, architecture_of(name))]
     else:
         rows = [describe(name, arch) for name, arch in PRESETS.items()]
-        rows.append(dict(ORIGINAL_TRANSFORMER))
+        rows.append(describe_original())
     if args.json:
         json.dump(rows, sys.stdout, indent=2)
         print()

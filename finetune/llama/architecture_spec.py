@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -112,9 +113,16 @@ def _count(value: Any) -> int:
     return value
 
 
-def _number(value: Any) -> float:
+def read_number(value: Any) -> float:
+    """A number as a float.
+
+    Raises:
+        InputError: no number, or none that is finite.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputError(f"{value!r} is not a number")
+    if not abs(value) <= sys.float_info.max:
+        raise InputError(f"{value!r} is not a finite number")
     return float(value)
 
 
@@ -157,7 +165,7 @@ def read_rope_scaling(value: Any) -> RopeScaling:
         try:
             if key not in numbers:
                 raise InputError(f"unknown field{did_you_mean(key, numbers)}")
-            read[key] = _count(item) if numbers[key] == "int" else _number(item)
+            read[key] = _count(item) if numbers[key] == "int" else read_number(item)
         except InputError as error:
             found += [f"{key}: {finding}" for finding in error.findings]
     if found:
@@ -169,8 +177,8 @@ _READERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     **{name: (name, _count) for name in ("dim", "n_layers", "n_heads", "n_kv_heads")},
     **{name: (name, _count) for name in ("vocab_size", "multiple_of", "context")},
     **{name: (name, _count) for name in ("max_batch_size", "max_seq_len")},
-    **{name: (name, _number) for name in ("norm_eps", "rope_theta")},
-    "ffn_dim_multiplier": ("ffn_dim_multiplier", _or_none(_number)),
+    **{name: (name, read_number) for name in ("norm_eps", "rope_theta")},
+    "ffn_dim_multiplier": ("ffn_dim_multiplier", _or_none(read_number)),
     "intermediate_size": ("intermediate_size_override", _or_none(_count)),
     "rope_scaling": ("rope_scaling", _or_none(read_rope_scaling)),
     "use_scaled_rope": ("rope_scaling", _default_scaling),

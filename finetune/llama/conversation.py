@@ -108,6 +108,14 @@ def check_in_order(conversation: Conversation, has_tools: bool, name: str) -> No
     check_each(conversation, TOOL_ROLES if has_tools else ROLES)
     if conversation.tools and not has_tools:
         raise InputError(f"has tools; the format {name} documents none (Llama 3.1 and later do)")
+    marks = {
+        k for m in messages for k in ("python_tag", "end") if m.get(k) not in (None, False, "eot")
+    }
+    if marks:
+        raise InputError(
+            f"a message has {' and '.join(sorted(marks))}, which only the format llama3.1-verbatim "
+            f"writes; {name} would leave it out"
+        )
     if any(m["role"] == "system" for m in messages[1:]):
         raise InputError("a system message stands after the first message")
     turns = [m for m in messages if m["role"] != "system"]

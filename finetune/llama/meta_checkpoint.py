@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ PARAMS = "params.json"
 _SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 # Tables of RoPE that Llama 1 and 2 saved along; they follow from the architecture.
 _NOT_WEIGHTS = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
+_LAYER = re.compile(r"layers\.(\d+)\.")
 _MAX_SHOWN = 8
 
 
@@ -80,12 +82,14 @@ def read_checkpoint(folder: Path) -> MetaCheckpoint:
     shards = _shard_paths(folder)
     states = [load_shard(path) for path in shards]
     arch, embedding_split = _architecture(folder, params, states)
+    _check_depth(shards[0], arch, states[0])
     listed = {w.hf: w for w in weights_of(arch, len(shards), embedding_split)}
     if "output.weight" not in states[0]:
         del listed["lm_head.weight"]
     _check_shapes(shards, states, list(listed.values()))
     dtype = _common_dtype(shards, states, list(listed.values()))
     _check_repeated(shards, states, list(listed.values()))
+    _check_distinct(shards, states, list(listed.values()))
     checkpoint = MetaCheckpoint(folder, shards, arch, embedding_split, dtype, listed)
     tied = _is_tied(OpenCheckpoint(checkpoint, states))
     return replace(checkpoint, arch=replace(arch, tie_word_embeddings=tied))
@@ -106,15 +110,23 @@ def load_shard(path: Path) -> dict[str, Tensor]:
         if not is_zip and file.read(4) == b"PK\x03\x04":
             raise InputError(f"{path}: was cut off (its zip directory is missing); get it again")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused here anyway
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: {_unpickling_cause(str(error))}") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch's advice to load such files without its safeguard is not passed on.
+        cause = re.split(r"\n|\. ", str(error))[0] or type(error).__name__
         raise InputError(f"{path}: is damaged or no PyTorch checkpoint ({cause})") from None
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise InputError(f"{path}: holds no table of named tensors, as Meta's checkpoints do")
-    return {name: t for name, t in state.items() if not _NOT_WEIGHTS.fullmatch(str(name))}
+    kept = {name: t for name, t in state.items() if not _NOT_WEIGHTS.fullmatch(str(name))}
+    for name, tensor in kept.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            kind = "sparse" if tensor.layout != torch.strided else "without content"
+            raise InputError(f"{path}: {name} is {kind}; Meta's checkpoints hold plain matrices")
+    return kept
 
 
 def check_intact(shards: Sequence[Path]) -> None:
@@ -147,7 +159,7 @@ def _unpickling_cause(message: str) -> str:
             f"holds more than tensors (it asks for {found.group(1)}); files that could run code "
             "are refused, nothing of it was executed"
         )
-    return "is no PyTorch checkpoint, or was cut off"
+    return "is no PyTorch checkpoint of tensors alone, or was cut off; nothing of it was executed"
 
 
 def _names(folder: Path) -> list[str]:
@@ -183,6 +195,16 @@ def _architecture(
         raise InputError([f"{folder / PARAMS}: {f}" for f in error.findings]) from None
 
 
+def _check_depth(shard: Path, arch: Architecture, state: Mapping[str, Tensor]) -> None:
+    """Compared before anything is listed by layer: a file may state any number of them."""
+    layers = {found.group(1) for name in state if (found := _LAYER.match(str(name)))}
+    if len(layers) != arch.n_layers:
+        raise InputError(
+            f"{shard}: has {len(layers)} layers, {PARAMS} says {arch.n_layers}; they are not of "
+            "one model"
+        )
+
+
 def _check_shapes(
     shards: Sequence[Path], states: Sequence[Mapping[str, Tensor]], weights: Sequence[Weight]
 ) -> None:
@@ -215,7 +237,10 @@ def _common_dtype(
 ) -> str:
     from finetune.llama.safetensors_stream import dtype_name
 
-    names = {dtype_name(state[w.meta].dtype) for state in states for w in weights}
+    try:
+        names = {dtype_name(state[w.meta].dtype) for state in states for w in weights}
+    except InputError as error:
+        raise InputError(f"{shards[0].parent}: {error}") from None
     if len(names) > 1:
         raise InputError(
             f"{shards[0].parent}: weights of several types: {', '.join(sorted(names))}"
@@ -236,6 +261,24 @@ def _check_repeated(
                 raise InputError(
                     f"{shards[number]}: is of another model than {shards[first].name}: "
                     f"{weight.meta}, which both repeat, differs"
+                )
+
+
+def _check_distinct(
+    shards: Sequence[Path], states: Sequence[Mapping[str, Tensor]], weights: Sequence[Weight]
+) -> None:
+    """One shard under two names would fit in every other way, and make a wrong model."""
+    import torch
+
+    cut = [weight.meta for weight in weights if weight.split is not None and weight.num_copies == 1]
+    for number, state in enumerate(states):
+        for earlier in range(number):
+            # Two parts of a model differ in the first row already: nothing more is read.
+            pairs = ((states[earlier][name], state[name]) for name in cut)
+            if all(torch.equal(a[0], b[0]) and torch.equal(a, b) for a, b in pairs):
+                raise InputError(
+                    f"{shards[number]}: holds the same part of the model as "
+                    f"{shards[earlier].name}; download both again"
                 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.errors import InputError
-from finetune.llama.architecture_spec import architecture_of, did_you_mean
+from finetune.llama.architecture_spec import architecture_of, did_you_mean, read_number
 from finetune.llama.hyperparameters import Architecture, RopeScaling, swiglu_width
 from finetune.llama.presets import PRESETS
 
@@ -15,6 +15,8 @@ _PARAMS = (
     *("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier"),
     *("norm_eps", "rope_theta", "use_scaled_rope", "max_batch_size", "max_seq_len"),
 )
+
+_OF_SCALING = {"rope_scaling_factor": "factor", "rope_high_freq_factor": "high_freq_factor"}
 
 
 def from_params_json(
@@ -44,7 +46,7 @@ def from_params_json(
         InputError: unknown fields (another kind of model), wrong types, numbers that contradict
             each other or `vocab_size`; all findings.
     """
-    known = (*_PARAMS, "vocab_size", "rope_scaling_factor", "rope_high_freq_factor")
+    known = (*_PARAMS, "vocab_size", *_OF_SCALING)
     found = [
         f"params.json {key}: not a field of a documented text Llama{did_you_mean(key, known)}"
         for key in params
@@ -65,7 +67,11 @@ def from_params_json(
         raise InputError(found + error.findings) from None
     if found:
         raise InputError(found)
-    return _with_documented_context(_with_documented_scaling(arch, params), params, context)
+    try:
+        arch = _with_documented_scaling(arch, params)
+    except InputError as error:
+        raise InputError([f"params.json {f}" for f in error.findings]) from None
+    return _with_documented_context(arch, params, context)
 
 
 def to_params_json(arch: Architecture) -> dict[str, Any]:
@@ -124,12 +130,14 @@ def _factors_of_width(arch: Architecture) -> tuple[int, float | None]:
 def _with_documented_scaling(arch: Architecture, params: Mapping[str, Any]) -> Architecture:
     if arch.rope_scaling is None:
         return arch
-    scaling = _documented_scaling(arch)
-    scaling = dataclasses.replace(
-        scaling,
-        factor=float(params.get("rope_scaling_factor") or scaling.factor),
-        high_freq_factor=float(params.get("rope_high_freq_factor") or scaling.high_freq_factor),
-    )
+    stated: dict[str, Any] = {}
+    for key, name in _OF_SCALING.items():
+        if params.get(key) is not None:
+            try:
+                stated[name] = read_number(params[key])
+            except InputError as error:
+                raise InputError(f"{key}: {error}") from None
+    scaling = dataclasses.replace(_documented_scaling(arch), **stated)
     return dataclasses.replace(arch, rope_scaling=scaling)
 
 

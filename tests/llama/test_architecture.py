@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -24,6 +25,16 @@ def test_arch_json_equals_the_facts_file(shared, capsys):
         row = rows[name.split(" ")[0].lower()]
         stated = {k: v for k, v in fact.items() if k not in ("source", "note", "unsourced")}
         assert {key: row[key] for key in stated} == stated, name
+
+
+def test_every_row_of_arch_has_every_field(capsys):
+    assert a.main(["--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == [*a.PRESETS, "transformer-base"]
+    for row in rows:
+        assert row.keys() >= rows[0].keys()
+        assert a.main([row["name"], "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == [row]
 
 
 def test_the_sizes_of_the_papers():
@@ -171,6 +182,9 @@ def test_params_json_takes_what_it_does_not_say_from_the_documented_model():
         ({"preset": "llama3-8b", "tie_word_embeddings": "yes"}, ["'yes' is neither"]),
         ({"preset": "llama3-8b", "n_layers": True}, ["True is not a whole number"]),
         ({"preset": "llama3-8b", "bos_token_id": 128256}, ["outside the vocabulary"]),
+        ({"preset": "llama3-8b", "ffn_dim_multiplier": math.inf, "rope_theta": math.inf,
+          "rope_scaling": {"factor": math.nan}, "norm_eps": 10**400},
+         ["ffn_dim_multiplier: inf is not a finite", "rope_theta: inf", "factor: nan", "norm_eps"]),
         (3, ["neither a preset's name nor a mapping"]),
     ],
 )  # fmt: skip
@@ -179,6 +193,15 @@ def test_wrong_specs_are_refused_with_all_findings(spec, words):
         a.architecture_of(spec)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["8", math.nan, 0, -8.0, True, [8]])
+def test_a_scaling_in_params_json_that_is_no_number_is_refused(value):
+    params = {"dim": 64, "n_layers": 1, "n_heads": 4, "vocab_size": 300, "use_scaled_rope": True}
+    stated = a.from_params_json(params | {"rope_scaling_factor": 4}).rope_scaling
+    assert stated == a.RopeScaling(factor=4.0)
+    with pytest.raises(InputError, match=r"params.json rope_scaling.*factor"):
+        a.from_params_json(params | {"rope_scaling_factor": value})
 
 
 @pytest.mark.parametrize(

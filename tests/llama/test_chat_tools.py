@@ -226,6 +226,8 @@ def changed(index: int, **values) -> list[dict]:
         ("llama3.2", TALK, ["brave_search"], "has built-in tools (brave_search)"),
         ("llama3.1", [{"role": "system", "content": "s", "train": True}, *TALK], (),
          "train: true on a system message"),
+        ("llama3.1", changed(1, python_tag=True, content="x")[:2], (), "has python_tag, which"),
+        ("llama3.2", changed(1, end="eom", content="x", tool_calls=None)[:2], (), "has end, which"),
         ("llama3.1-verbatim", TALK, (), "takes text only"),
         ("llama3.1-verbatim", TALK[:1], [WEATHER], "as part of the system or user text"),
         ("llama3.1-verbatim", changed(2, content="21"), (), "has tool_calls"),

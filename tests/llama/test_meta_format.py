@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 import zipfile
 from pathlib import Path
@@ -286,11 +287,18 @@ def test_shards_of_two_models(two_shards, hf_folder, tmp_path):
     refused(two_shards, tmp_path, "consolidated.01.pth", "another model", "norm")
 
 
+def test_one_shard_under_two_names(two_shards, tmp_path):
+    shutil.copy(two_shards / "consolidated.00.pth", two_shards / "consolidated.01.pth")
+    refused(two_shards, tmp_path, "consolidated.01.pth", "same part", "consolidated.00.pth")
+
+
 def test_a_params_json_of_another_size(two_shards, tmp_path):
     params = json.loads((two_shards / "params.json").read_text())
     for change in ({"n_layers": 3}, {"dim": 128}, {"n_kv_heads": 8}, {"multiple_of": 256}):
         (two_shards / "params.json").write_text(json.dumps(params | change))
         refused(two_shards, tmp_path, "params.json")
+    (two_shards / "params.json").write_text(json.dumps(params | {"n_layers": 10**15}))
+    refused(two_shards, tmp_path, "has 2 layers, params.json says 1000000000000000")
 
 
 def test_a_params_json_of_another_kind_of_model(two_shards, tmp_path):
@@ -319,6 +327,19 @@ def test_a_pickle_that_runs_code_is_not_run(as_zip, two_shards, tmp_path):
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_one_sentence_whatever_pickle_it_is(protocol, two_shards, tmp_path, recwarn):
+    path = two_shards / "consolidated.00.pth"
+    path.write_bytes(pickle.dumps({"norm.weight": os.system}, protocol))
+    refused(two_shards, tmp_path, "consolidated.00.pth", "nothing of it was executed")
+    path.write_bytes(bytes(5000))  # an empty archive of a kind that PyTorch once wrote
+    refused(two_shards, tmp_path, "consolidated.00.pth", "damaged")
+    with pytest.raises(InputError) as error:
+        meta.import_checkpoint(two_shards, tmp_path / "out")
+    assert "PyTorch 2" not in str(error.value)
+    assert not recwarn.list
+
+
 def test_a_flipped_bit_in_the_weights_is_seen(two_shards, tmp_path):
     path = two_shards / "consolidated.01.pth"
     content = bytearray(path.read_bytes())
@@ -335,6 +356,12 @@ def test_weights_of_other_names_or_types(two_shards, tmp_path):
     refused(two_shards, tmp_path, "extra.weight is no weight")
     torch.save({name: t.half() for name, t in state.items()}, path)
     refused(two_shards, tmp_path, "several types")
+    torch.save({name: t.to(torch.int8) for name, t in state.items()}, path)
+    refused(two_shards, tmp_path, "weights of type int8")
+    torch.save(state | {"norm.weight": state["norm.weight"].to_sparse()}, path)
+    refused(two_shards, tmp_path, "norm.weight is sparse")
+    torch.save({name: t.to("meta") for name, t in state.items()}, path)
+    refused(two_shards, tmp_path, "is without content")
     torch.save([1, 2], path)
     refused(two_shards, tmp_path, "no table of named tensors")
 
