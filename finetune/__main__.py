@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import FrameType
 
 from finetune.errors import InputError, run_command
 
@@ -40,7 +42,14 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_help())
         return 0
+    signal.signal(signal.SIGTERM, _end)  # `train` sets handlers of its own
     return run_command(lambda args: _run_verb(argv[0], args), argv[1:])
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """As Ctrl-C: what was staged is removed on the way out, which a second signal does not stop."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _run_verb(verb: str, args: list[str]) -> int:

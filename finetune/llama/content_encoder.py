@@ -8,10 +8,12 @@ used. Every other tokenizer is encoded by `tokenizers` itself.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -21,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from finetune import artifact
 from finetune.artifact import sha256_of_json
 from finetune.cache import cache_root
+from finetune.errors import InputError
 from finetune.llama.tiktoken_file import SPLIT_PATTERN, as_text, byte_letters
 from finetune.llama.tokenizer_proof import PROBE
 
@@ -152,12 +155,14 @@ def _agree(
 ) -> bool:
     """Whether both give the same ids for the probe corpus and every piece; remembered."""
     state = tokenizer.backend_tokenizer.model.__getstate__()
-    key = sha256_of_json([artifact.sha256_of_bytes(state), list(PROBE)])
+    versions = [version(name) for name in ("tokenizers", "tiktoken")]
+    key = sha256_of_json([artifact.sha256_of_bytes(state), list(PROBE), SPLIT_PATTERN, versions])
     note = cache_root() / "encoders" / f"{key}.json"
-    if note.exists():
+    with contextlib.suppress(InputError, KeyError, TypeError):  # no note, or none that is whole
         return bool(artifact.read_json(note)["agree"])
     texts = [*PROBE, *(text for piece in ranks if (text := as_text(piece)))]
     agree = fast(texts) == exact(texts)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    artifact.write_json(note, {"agree": agree})
+    with contextlib.suppress(OSError):  # a cache that cannot be written is asked again next time
+        note.parent.mkdir(parents=True, exist_ok=True)
+        artifact.write_json(note, {"agree": agree})
     return agree

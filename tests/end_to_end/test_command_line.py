@@ -308,3 +308,29 @@ def test_ctrl_c_during_training_loses_nothing(bench, monkeypatch):
     with pytest.raises(Interrupted, match=f"step {stopped + 2}"):
         train(bench.load(*settings))
     assert len(losses(run)) == stopped + 2
+
+
+STAGING = """
+import sys, time
+from pathlib import Path
+from finetune import __main__, artifact, doctor
+
+def stage(argv):
+    with artifact.staged(Path(sys.argv[1]) / "out") as folder:
+        (folder / "half").write_text("x")
+        print("staged", flush=True)
+        time.sleep(60)
+
+doctor.main = stage
+sys.exit(__main__.main(["doctor"]))
+"""
+
+
+def test_a_verb_that_is_ended_leaves_no_staged_folder(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", STAGING, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    assert process.stdout.readline() == "staged\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+    assert list(tmp_path.iterdir()) == []
