@@ -19,13 +19,14 @@ from finetune import artifact
 from finetune.artifact import sha256_of_json
 from finetune.config import RunConfig
 from finetune.config.data import DataSection, Source
+from finetune.data_cache import prepare
 from finetune.errors import CheckFailed, InputError
 from finetune.files import MAX_FINDINGS, find_files, read_rows, refuse
 from finetune.ledger import Ledger
 from finetune.llama.chat import ChatFormat
 from finetune.mixture import Mixture, Portion
 from finetune.overlap import Overlap
-from finetune.preparation import SIDES, SourceFile, prepare, source_files
+from finetune.preparation import SIDES, SourceFile, source_files
 from finetune.prepared import Document, PreparedDocuments
 from finetune.rendering import Renderer
 from finetune.shapes import read_examples

@@ -1,44 +1,36 @@
-"""Files to a folder of documents: read, rendered and checked once, then found by its content.
+"""Files to a folder of documents: read, rendered, counted and compared, in bounded memory.
 
-    sources -> files -> examples -> documents, side by side -> duplicates, overlap -> published
+    sources -> files -> examples -> documents, side by side -> duplicates, overlap
 
-The folder's name is a hash of all that decides its content: the bytes of the files, tokenizer,
-prompt format and settings. It is staged and renamed, so that an interrupted preparation leaves
-nothing that is taken for one. Memory holds a block of rows, not the files.
+Memory holds a block of rows, not the files.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import PreTrainedTokenizerFast
 
 from finetune import artifact
 from finetune.artifact import sha256_of_json
 from finetune.cache import cache_root, remembered_sha256
 from finetune.config import RunConfig
 from finetune.config.data import Source
-from finetune.errors import CannotContinue, CheckFailed, InputError
+from finetune.errors import InputError
 from finetune.files import find_files
 from finetune.files.findings import Findings
 from finetune.ledger import Ledger
-from finetune.llama.chat import ChatFormat
-from finetune.llama.tokenizer import fingerprint
 from finetune.overlap import DuplicateFinder, RowText, overlap
-from finetune.prepared import FILES, DocumentWriter, PreparedDocuments
+from finetune.prepared import DocumentWriter, PreparedDocuments
 from finetune.rendering import Outcome, Renderer
 from finetune.shapes import Example, read_examples
 from finetune.suspicion import CHECKS
@@ -46,13 +38,6 @@ from finetune.suspicion import CHECKS
 BLOCK = 1000  # rows that are rendered together
 BLOCK_CHARACTERS = 1 << 20  # or so many of their texts; each takes some 90 bytes on the way to ids
 SIDES = ("train", "heldout")
-_FILES = {"ledgers.json", "overlap.json", *(f"{side}/{name}" for side in SIDES for name in FILES)}
-_CODE = (
-    *("files/*.py", "shapes/*.py", "llama/*.py", "preparation.py", "prepared.py", "rendering.py"),
-    *("overlap.py", "ngrams.py", "suspicion.py", "mojibake.py", "ledger.py"),
-)
-# What of `data:` has no influence on the documents.
-_LATER = {"packing", "on_overlap", "train", "heldout"}
 
 
 @dataclass(frozen=True)
@@ -99,109 +84,16 @@ def located(source: Source) -> Path:
     return download_dataset(source.hub_dataset, source.split, source.revision, cache_root())
 
 
-def prepare(
-    config: RunConfig,
-    files: Sequence[SourceFile],
-    tokenizer: PreTrainedTokenizerFast,
-    chat_format: ChatFormat | None,
-    findings: Sequence[str] = (),
-) -> Path:
-    """The folder of a config's documents; made where there is none yet.
+class Preparation:
+    """One preparation: both sides written, counted and compared.
 
     Args:
-        findings: what is wrong already; it is raised with what the files' rows add to it.
-
-    Raises:
-        InputError: rows that cannot be read or rendered; all of them, up to 20 a file.
-        CannotContinue: the disk refused.
+        config: of the run.
+        renderer: of its rows.
+        stage: an empty folder.
+        vocab_size: one more than the largest id.
+        findings: what is wrong already; raised with what the rows add.
     """
-    facts = _facts(config, files, tokenizer, chat_format)
-    folder = cache_root() / "data" / sha256_of_json(facts)[:32]
-    if findings:
-        folder = folder.with_name(f"{folder.name}-refused")
-    if folder.exists() and not _is_whole(folder, facts):
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            artifact.remove(folder)
-    if not folder.exists():
-        renderer = Renderer(config.data, tokenizer, chat_format)
-        num_ids = max(tokenizer.get_vocab().values()) + 1  # more than len() where some are unused
-        try:
-            with artifact.staged(folder, facts) as stage:
-                _Preparation(config, renderer, stage, num_ids, findings).run(files)
-                _refuse_changed(files)
-        except (InputError, CannotContinue):
-            if not folder.exists():  # else another process was faster
-                raise
-    return folder
-
-
-def _facts(
-    config: RunConfig,
-    files: Sequence[SourceFile],
-    tokenizer: PreTrainedTokenizerFast,
-    chat_format: ChatFormat | None,
-) -> dict[str, Any]:
-    """All that decides what the folder holds."""
-    settings = config.data.model_dump(mode="json", exclude=_LATER)
-    return {
-        "kind": "data",
-        "code": _code_sha256(),
-        "recipe": config.recipe,
-        "settings": settings,
-        "tokenizer": fingerprint(tokenizer),
-        "chat_format": chat_format and {"name": chat_format.name, "date": chat_format.date_string},
-        "files": [
-            {
-                "side": file.side,
-                "source": file.number,
-                "path": str(file.path),  # rows are named by it
-                "sha256": file.sha256,
-                "read_as": file.source.model_dump(mode="json", include={"format", "columns"}),
-            }
-            for file in files
-        ],
-    }
-
-
-@functools.cache
-def _code_sha256() -> str:
-    """Over the sources and libraries that make documents of files: where one changes, nothing
-    that the older one prepared is taken for its own."""
-    package = Path(__file__).parent
-    files = [path for name in _CODE for path in sorted(package.glob(name))]
-    versions = {name: version(name) for name in ("tokenizers", "tiktoken", "transformers")}
-    return sha256_of_json([versions, *(artifact.sha256_of(path) for path in files)])
-
-
-def _refuse_changed(files: Sequence[SourceFile]) -> None:
-    """What was read is what was hashed, or the folder would have a wrong name."""
-    changed = [str(f.path) for f in files if remembered_sha256(f.path) != f.sha256]
-    if changed:
-        raise InputError(f"{', '.join(changed)}: changed while it was read; start again")
-
-
-def _is_whole(folder: Path, facts: dict[str, Any]) -> bool:
-    """Whether a prepared folder is as it was published; says so aloud where it is not."""
-    try:
-        manifest = artifact.read_manifest(folder)
-        changed = [
-            name
-            for name, entry in manifest["files"].items()
-            if not (folder / name).is_file()
-            or (folder / name).stat().st_size != entry["bytes"]
-            or remembered_sha256(folder / name) != entry["sha256"]
-        ]
-        if manifest["facts"] != facts or manifest["files"].keys() != _FILES:
-            changed.append(artifact.MANIFEST)
-    except (CheckFailed, FileNotFoundError, KeyError, TypeError) as error:
-        changed = [str(error)]
-    if changed:
-        print(f"data     {folder}: {changed[0]} is damaged; prepared again", file=sys.stderr)
-    return not changed
-
-
-class _Preparation:
-    """One preparation: both sides written, counted and compared."""
 
     def __init__(
         self,
@@ -220,6 +112,11 @@ class _Preparation:
         self._duplicates = {side: DuplicateFinder() for side in SIDES}
 
     def run(self, files: Sequence[SourceFile]) -> None:
+        """Writes both sides, ledgers.json and overlap.json into the folder.
+
+        Raises:
+            InputError: rows that cannot be read or rendered; all of them, up to 20 a file.
+        """
         with contextlib.ExitStack() as stack:
             self._writers = {
                 side: stack.enter_context(DocumentWriter(self._stage / side, self._vocab_size))

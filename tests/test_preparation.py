@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from data_cache import chat, chats, left_over, published, write_lines
 
-from finetune import artifact, preparation
+from finetune import artifact, data_cache, preparation
 from finetune.data import RunData, load_data
 from finetune.errors import InputError
 from finetune.llama.chat import FORMATS
@@ -182,7 +182,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(loaded, cache, tmp_path
     assert loaded(train).train[0].example.messages[1]["content"] == "0 of many"
 
 
-FILES = sorted(preparation._FILES | {artifact.MANIFEST})
+FILES = sorted(data_cache._FILES | {artifact.MANIFEST})
 
 
 def damages(path: Path) -> dict[str, bytes | None]:

@@ -29,6 +29,7 @@ LINES = (
     "prepared",
     "rendering mixture",
     "preparation",
+    "data_cache",
     "data model plan packing",
     "batching tokens excerpts",
     "summary",
