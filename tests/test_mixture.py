@@ -25,7 +25,8 @@ EPOCHS = 5
 
 @st.composite
 def mixtures(draw) -> Mixture:
-    """Two or three sources whose documents have 0 to 50 trained tokens."""
+    """One to three sources whose documents have 0 to 50 trained tokens. `asked` and `expected` are
+    the tokens and the passes of each in an epoch, by the weights."""
     num_sources = draw(st.integers(1, 3))
     sizes = [
         draw(st.lists(st.integers(0, 50), min_size=1, max_size=12)) for _ in range(num_sources)
@@ -39,9 +40,12 @@ def mixtures(draw) -> Mixture:
         | st.just([float(sum(source)) for source in sizes])  # every source exactly once
     )
     trained, sources = (np.array(column, np.int64) for column in zip(*documents, strict=True))
-    return Mixture(
-        trained, sources, weights, [f"{n}" for n in range(num_sources)], draw(st.integers(0, 9))
-    )
+    names, seed = [f"{n}" for n in range(num_sources)], draw(st.integers(0, 9))
+    mixture = Mixture(trained, sources, weights, names, seed)
+    tokens = [sum(source) for source in sizes]
+    mixture.asked = [weight / sum(weights) * sum(tokens) for weight in weights]
+    mixture.expected = [asked / own for asked, own in zip(mixture.asked, tokens, strict=True)]
+    return mixture
 
 
 @given(mixtures())
@@ -50,9 +54,8 @@ def test_every_document_is_used_as_often_as_every_other(mixture):
     used: Counter[int] = Counter()
     for epoch in range(EPOCHS):
         used.update(mixture.documents(epoch))
-        passes = mixture.passes * (epoch + 1)
         for index, source in enumerate(mixture._sources):
-            expected = float(passes[source])
+            expected = mixture.expected[source] * (epoch + 1)
             assert math.floor(expected - 1e-9) <= used[index] <= math.ceil(expected + 1e-9)
 
 
@@ -67,10 +70,10 @@ def test_documents_that_train_nothing_come_once_a_pass_too(seed):
 def test_shares_are_within_one_document_of_what_is_asked(mixture):
     for epoch in range(EPOCHS):
         chosen = mixture.documents(epoch)
-        for source, passes in enumerate(mixture.passes):
+        for source, asked in enumerate(mixture.asked):
             own = [int(mixture._trained[i]) for i in chosen if mixture._sources[i] == source]
             tokens = mixture._trained[mixture._sources == source]
-            assert abs(sum(own) - passes * tokens.sum()) <= tokens.max() + 1e-6
+            assert abs(sum(own) - asked) <= tokens.max() + 1e-6
 
 
 @given(mixtures())
