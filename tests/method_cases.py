@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import PeftModel
 from small_runs import Bench, trainer_of
 from transformers import AutoModelForCausalLM
 
 from finetune import stages
+from finetune.config.adapter import SETTINGS
 from finetune.run_folder import RunFolder
 
 IDS = torch.arange(3, 60).unsqueeze(0)
@@ -22,7 +24,7 @@ class Case:
     """A method under some settings.
 
     Attributes:
-        overrides: of the config; the bench sets r 4 and lora_alpha 8 where the method has them.
+        overrides: of the config, where r is 4 and lora_alpha 8 if the method has them.
         starts_as_base: whether the logits at step 0 are the base's bit for bit.
         quantized: storage of the base.
     """
@@ -32,8 +34,15 @@ class Case:
     quantized: str = "none"
 
     @property
-    def settings(self) -> list[str]:
-        return [*self.overrides, f"base.quantization={self.quantized}"]
+    def adapter_values(self) -> dict[str, Any]:
+        """The adapter section; r and lora_alpha only where the method has them."""
+        given = {}
+        for override in self.overrides:
+            key, _, value = override.partition("=")
+            if key.startswith("adapter."):
+                given[key.removeprefix("adapter.")] = yaml.safe_load(value)
+        known = SETTINGS[given.get("method", "lora")]
+        return {k: v for k, v in {"r": 4, "lora_alpha": 8}.items() if k in known} | given
 
 
 CASES = {
@@ -60,6 +69,11 @@ CASES = {
     "qlora int8": Case(quantized="int8"),
     "qdora nf4": Case(("adapter.method=dora",), quantized="nf4"),
     "qdora fp4": Case(("adapter.method=dora",), quantized="fp4"),
+    "lora+": Case(("adapter.method=lora+", "adapter.loraplus_lr_ratio=4")),
+    "loha": Case(("adapter.method=loha",)),
+    "oft": Case(("adapter.method=oft", "adapter.oft_block_size=16")),
+    "ia3": Case(("adapter.method=ia3", "train.learning_rate=0.05")),
+    "miss": Case(("adapter.method=miss",)),
 }
 MERGED = [name for name, case in CASES.items() if case.quantized == "none"]
 
@@ -110,7 +124,14 @@ class Trained:
 
 def train_case(folder: Path, base: Path, case: Case, dtype: str = "float32") -> Trained:
     """Trains three steps through our trainer and publishes the adapter."""
-    loaded = Bench(folder, base).load("train.max_steps=3", f"base.dtype={dtype}", *case.settings)
+    bench = Bench(folder, base)
+    values = yaml.safe_load(bench.config_file.read_text())
+    values["adapter"] = case.adapter_values
+    bench.config_file.write_text(yaml.safe_dump(values))
+    others = [o for o in case.overrides if not o.startswith("adapter.")]
+    loaded = bench.load(
+        "train.max_steps=3", f"base.dtype={dtype}", f"base.quantization={case.quantized}", *others
+    )
     trainer = trainer_of(loaded)
     model = trainer.model
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -206,13 +206,7 @@ class TestCounts:
 
 def section(case: Case) -> AdapterSection:
     """The adapter section of a case, without a run."""
-    import yaml
-
-    values = {"r": 4, "lora_alpha": 8}
-    for override in case.overrides:
-        key, _, value = override.removeprefix("adapter.").partition("=")
-        values[key] = yaml.safe_load(value)
-    return AdapterSection.model_validate(values)
+    return AdapterSection.model_validate(case.adapter_values)
 
 
 class TestOneLayer:
@@ -258,6 +252,27 @@ class TestSettingsThatDoNotFit:
     def test_they_are_named(self, small_base, settings, message):
         with pytest.raises(InputError, match=message):
             attach(plain(small_base), AdapterSection(**settings), "b")
+
+
+class TestLoraPlus:
+    def test_b_learns_at_another_rate_through_the_whole_schedule(self, trained):
+        done = trained("lora+")
+        names = {id(p): n for n, p in done.trainer.model.named_parameters()}
+        optimizer = done.trainer.optimizer
+        rates = {
+            names[id(p)]: group["initial_lr"]
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        assert set(rates) == done.trains
+        for name, rate in rates.items():
+            assert rate == pytest.approx(0.04 if "lora_B" in name else 0.01)
+
+    def test_b_moves_further_than_with_one_rate(self, trained):
+        """One rate for both is the same run but for B's steps."""
+        plus, one = trained("lora+"), trained("lora")
+        name = next(n for n in plus.trains if "lora_B" in n)
+        assert plus.after[name].norm() > 2 * one.after[name].norm()
 
 
 class TestResume:

@@ -20,11 +20,20 @@ _WHERE = ("target_modules", "layers")
 SETTINGS: dict[str, tuple[str, ...]] = {
     "lora": (*_LORA, *_WHERE),
     "dora": (*_LORA, *_WHERE),
+    "lora+": (*_LORA, "loraplus_lr_ratio", *_WHERE),
+    "loha": ("r", "lora_alpha", *_WHERE),
+    "oft": ("oft_block_size", *_WHERE),
+    "ia3": ("target_modules",),
+    "miss": ("r", *_WHERE),
     "none": (),
 }
 """method -> the settings that have an effect with it."""
 
-ON_QUANTIZED_BASE = {"nf4": ("lora", "dora"), "fp4": ("lora", "dora"), "int8": ("lora",)}
+ON_QUANTIZED_BASE = {
+    "nf4": ("lora", "lora+", "dora"),
+    "fp4": ("lora", "lora+", "dora"),
+    "int8": ("lora", "lora+"),
+}
 """Storage of the base -> the methods that train on it. DoRA needs the norms of W + s·B·A, and PEFT
 0.21 loses the scales of 8-bit weights when it reads them before the first forward pass."""
 
@@ -64,14 +73,14 @@ class AdapterSection(Section):
     arXiv:2106.09685.
     """
 
-    method: Literal["lora", "dora", "none"] = "lora"
+    method: Literal["lora", "dora", "lora+", "loha", "oft", "ia3", "miss", "none"] = "lora"
     """`lora` or another method of docs/recipes.md, or `none` to train the full weights."""
 
     r: Rank = 16
     """Rank of the update of every targeted matrix."""
 
     lora_alpha: Alpha = 32
-    """The update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
+    """The update is scaled by lora_alpha / r (LoHa too), or lora_alpha / sqrt(r) with rsLoRA."""
 
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropping an input of A while training."""
@@ -88,6 +97,12 @@ class AdapterSection(Section):
     alpha_pattern: dict[str, Alpha] = Field(default_factory=dict)
     """Other values of lora_alpha for some matrices, named as in `rank_pattern`."""
 
+    loraplus_lr_ratio: Annotated[float, Field(gt=0, le=1024)] = 16.0
+    """Learning rate of B over that of A, which is train.learning_rate."""
+
+    oft_block_size: Annotated[int, Field(ge=2, le=4096)] = 32
+    """Columns of W that one rotation turns; the width of every targeted matrix is a multiple."""
+
     target_modules: Annotated[Texts, AfterValidator(_projections_only)] = PROJECTIONS
     """Names of the linear layers that get an adapter; one that matches nothing stops the run."""
 
@@ -96,8 +111,12 @@ class AdapterSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_for_many(cls, data: Any) -> Any:
-        """A single layer may stand for a list of one."""
-        if isinstance(data, dict) and "layers" in data:
-            return {**data, "layers": as_tuple(data["layers"])}
+    def _completed(cls, data: Any) -> Any:
+        """A single layer may stand for a list of one; (IA)3 has targets of its own."""
+        if not isinstance(data, dict):
+            return data
+        if "layers" in data:
+            data = {**data, "layers": as_tuple(data["layers"])}
+        if data.get("method") == "ia3" and data.get("target_modules") is None:
+            data = {**data, "target_modules": IA3_TARGETS}
         return data

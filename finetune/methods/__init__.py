@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from finetune.config.adapter import AdapterSection
-from finetune.methods.low_rank import Dora, Lora
+from finetune.methods.in_place import Ia3, Miss, Oft
+from finetune.methods.low_rank import Dora, LoHa, Lora, LoraPlus
 from finetune.methods.method import Matrix, Method, shapes_of_layer, targeted
 
-METHODS: dict[str, Method] = {method.name: method for method in (Lora(), Dora())}
+_ALL = (Lora(), Dora(), LoraPlus(), LoHa(), Oft(), Ia3(), Miss())
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
 def method_of(adapter: AdapterSection) -> Method:

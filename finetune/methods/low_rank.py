@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.config.adapter import AdapterSection
-from finetune.methods.method import Matrix, Method, of_pattern
+from finetune.methods.method import Matrix, Method, common, of_pattern, where
 
 
 class Lora(Method):
@@ -33,11 +33,9 @@ class Lora(Method):
             "init_lora_weights": True if adapter.init == "default" else adapter.init,
             "rank_pattern": dict(adapter.rank_pattern),
             "alpha_pattern": dict(adapter.alpha_pattern),
-            "target_modules": list(adapter.target_modules),
-            "layers_to_transform": list(adapter.layers) or None,
             "bias": "none",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_name,
+            **where(adapter),
+            **common(base_name),
         }
 
     def num_of(self, matrix: Matrix, adapter: AdapterSection) -> int:
@@ -62,3 +60,36 @@ class Dora(Lora):
     def num_of(self, matrix: Matrix, adapter: AdapterSection) -> int:
         """LoRA's, and the magnitude of every row."""
         return super().num_of(matrix, adapter) + matrix.num_out
+
+
+class LoraPlus(Lora):
+    """LoRA+: LoRA whose B learns faster than its A, by `loraplus_lr_ratio`.
+
+    Paper: Hayou et al. 2024, arXiv:2402.12354 (ratio about 16). Weights and cost: LoRA's.
+    When: LoRA learns too slowly at the largest learning rate that A bears.
+    """
+
+    name = "lora+"
+
+
+class LoHa(Method):
+    """LoHa: W' = W + s·(B1·A1) ∘ (B2·A2), entry by entry, s = lora_alpha / r; rank up to r².
+
+    Paper: Hyeon-Woo et al. 2021, FedPara, arXiv:2108.06098.
+    Cost: 2 · r · (in + out) parameters a matrix.
+    When: an update of high rank for few parameters; slower than LoRA, B·A is built in full.
+    """
+
+    name = "loha"
+
+    def peft_config(self, adapter: AdapterSection, base_name: str) -> Any:
+        """PEFT's LoHaConfig."""
+        from peft import LoHaConfig
+
+        return LoHaConfig(
+            r=adapter.r, alpha=adapter.lora_alpha, **where(adapter), **common(base_name)
+        )
+
+    def num_of(self, matrix: Matrix, adapter: AdapterSection) -> int:
+        """Two pairs of thin matrices."""
+        return 2 * adapter.r * (matrix.num_in + matrix.num_out)

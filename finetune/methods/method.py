@@ -65,6 +65,19 @@ class Method:
         return list(_target_findings(adapter, arch))
 
 
+def common(base_name: str) -> dict[str, Any]:
+    """Settings that every method of PEFT has."""
+    return {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name}
+
+
+def where(adapter: AdapterSection) -> dict[str, Any]:
+    """PEFT's settings of the layers that get an adapter."""
+    return {
+        "target_modules": list(adapter.target_modules),
+        "layers_to_transform": list(adapter.layers) or None,
+    }
+
+
 def shapes_of_layer(arch: Architecture) -> dict[str, tuple[int, int]]:
     """(in, out) of every linear layer of a block, by PEFT's name."""
     kv_width = arch.n_kv_heads * arch.head_dim
