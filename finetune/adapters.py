@@ -1,11 +1,7 @@
-"""Adapter settings to PEFT, and the manifest that ties an adapter to its base.
+"""An adapter put on its base, counted, saved, and loaded onto that base alone.
 
-LoRA adds a low-rank update to a frozen matrix W of shape (out, in):
-
-    W' = W + s · B·A,   A: (r, in), B: (out, r),   s = lora_alpha / r  (or / sqrt(r), rsLoRA)
-
-B starts at zero, so the model at step 0 is the base. Trainable parameters: r · (in + out) for
-every targeted matrix. Source: Hu et al. 2021, arXiv:2106.09685.
+What the methods are is in `finetune.methods`; which base an adapter belongs to in
+`finetune.identity`.
 """
 
 from __future__ import annotations
@@ -15,71 +11,77 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
 from transformers import LlamaForCausalLM
 
-from finetune.artifact import sha256_of, verify
-from finetune.config.adapter import AdapterSection
+from finetune.artifact import sha256_of
+from finetune.config.adapter import CHANGES_BASE, AdapterSection
 from finetune.errors import CheckFailed, InputError
+from finetune.identity import ADAPTER_FILES, BaseIdentity, verified_facts
+from finetune.layer_merge import merged_weight
+from finetune.llama.architecture import from_llama_config
+from finetune.methods import method_of
+from finetune.starts import changes_base, keep_start, restore_start, save_as_plain_lora
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+__all__ = ["ADAPTER_FILES", "ParameterReport", "attach", "fingerprint_of_files", "load_adapter"]
+__all__ += ["merged_weight", "report_parameters", "save_adapter"]
 
 
-def lora_config(adapter: AdapterSection, base_name: str) -> LoraConfig:
-    """PEFT's settings for an adapter section.
+def attach(
+    model: LlamaForCausalLM, adapter: AdapterSection, base_name: str, start: Path | None = None
+) -> PeftModel:
+    """Puts a fresh adapter, in float32, on a base.
 
     Args:
         base_name: what the user wrote as the base; never made absolute.
-    """
-    return LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
-        lora_dropout=adapter.lora_dropout,
-        use_rslora=adapter.use_rslora,
-        target_modules=list(adapter.target_modules),
-        bias="none",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
-    )
-
-
-def attach(model: LlamaForCausalLM, adapter: AdapterSection, base_name: str) -> PeftModel:
-    """Puts a fresh adapter, in float32, on the targeted linear layers of a base.
+        start: where initialisations that take from the base keep what they took; where the folder
+            exists, the same is taken again.
 
     Raises:
-        InputError: a target that matches no linear layer of the base.
+        InputError: a setting that does not fit the base, such as a target that matches nothing.
     """
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    } - {"lm_head"}
-    missing = [target for target in adapter.target_modules if target not in linear]
-    if missing:
-        raise InputError(
-            f"adapter.target_modules: {', '.join(missing)} matches no linear layer of the base; "
-            f"it has {', '.join(sorted(linear))}"
-        )
-    return get_peft_model(model, lora_config(adapter, base_name), autocast_adapter_dtype=True)
+    method = method_of(adapter)
+    if findings := method.findings(adapter, from_llama_config(model.config)):
+        raise InputError(findings)
+    restored = adapter.init in CHANGES_BASE and start is not None and start.is_dir()
+    config = method.peft_config(adapter, base_name)
+    if restored:
+        config.init_lora_weights = True
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
+    # PEFT puts the folder the base was read from in the place of what the user wrote.
+    config.base_model_name_or_path = base_name
+    if restored:
+        assert start is not None
+        restore_start(peft_model, start)
+        config.init_lora_weights = adapter.init
+    elif adapter.init in CHANGES_BASE and start is not None:
+        keep_start(peft_model, start)
+    return peft_model
 
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """What is trained.
+    """What is trained, and in which types.
 
     Attributes:
         matched: target name -> number of layers that carry it.
         num_trainable: parameters that train.
         num_total: all parameters, adapter included.
-        dtypes: "base" or "trained" -> the types found there.
+        dtypes: base, adapter (or weights), compute, optimizer -> its types.
     """
 
     matched: dict[str, int]
     num_trainable: int
     num_total: int
-    dtypes: dict[str, list[str]]
+    dtypes: dict[str, str]
 
     def lines(self) -> list[str]:
         """The report for the terminal."""
@@ -91,26 +93,45 @@ class ParameterReport:
         if self.matched:
             found = ", ".join(f"{name} x{count}" for name, count in self.matched.items())
             result.append(f"         adapter on {found}")
-        types = "; ".join(f"{part} {', '.join(names)}" for part, names in self.dtypes.items())
-        return [*result, f"         dtypes: {types}"]
+        return [*result, *(f"dtype    {part:<10} {name}" for part, name in self.dtypes.items())]
 
 
-def report_parameters(model: torch.nn.Module) -> ParameterReport:
-    """Counts trainable and total parameters and the layers that an adapter matched."""
+def report_parameters(
+    model: torch.nn.Module, compute: str | None = None, optimizer: str | None = None
+) -> ParameterReport:
+    """Counts trainable and total parameters and the layers that an adapter matched.
+
+    Args:
+        compute: the type of the products; None where nothing is computed.
+        optimizer: the type of the optimizer's moments; None where nothing is trained.
+    """
     matched: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, BaseTunerLayer):
             short = name.rsplit(".", 1)[-1]
             matched[short] = matched.get(short, 0) + 1
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     num_trainable = sum(p.numel() for p in trained)
-    dtypes = {"trained": _dtype_names(trained)} | ({"base": _dtype_names(frozen)} if frozen else {})
-    return ParameterReport(matched, num_trainable, num_trainable + _num_stored(frozen), dtypes)
+    types = {
+        "base": _dtype_names(frozen),
+        "adapter" if frozen else "weights": _dtype_names(trained),
+        "compute": compute,
+        "optimizer": optimizer,
+    }
+    shown = {part: names for part, names in types.items() if names}
+    return ParameterReport(matched, num_trainable, num_trainable + _num_stored(frozen), shown)
 
 
-def _dtype_names(parameters: list[torch.nn.Parameter]) -> list[str]:
-    return sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+def _dtype_names(parameters: list[torch.nn.Parameter]) -> str:
+    names = {_dtype_name(p): None for p in sorted(parameters, key=_dtype_name)}
+    return ", ".join(names)
+
+
+def _dtype_name(parameter: torch.nn.Parameter) -> str:
+    """The type of a parameter; of packed 4-bit numbers their own, not the bytes they lie in."""
+    state = getattr(parameter, "quant_state", None)
+    return state.quant_type if state else str(parameter.dtype).removeprefix("torch.")
 
 
 def _num_stored(parameters: list[torch.nn.Parameter]) -> int:
@@ -121,32 +142,34 @@ def _num_stored(parameters: list[torch.nn.Parameter]) -> int:
     )
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Writes the adapter in PEFT's own format, without the model card PEFT would add."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+def save_adapter(model: PeftModel, folder: Path, start: Path | None = None) -> None:
+    """Writes the adapter in PEFT's own format, without the model card PEFT would add.
+
+    Args:
+        start: what `attach` kept there, for initialisations that took from the base.
+    """
+    if changes_base(model.peft_config["default"]):
+        assert start is not None, "what was taken from the base is needed to put it back"
+        save_as_plain_lora(model, start, folder)
+    else:
+        model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
 
 
 def load_adapter(
-    model: LlamaForCausalLM, folder: Path, base_fingerprint: str | None = None
+    model: LlamaForCausalLM, folder: Path, base: BaseIdentity | None = None
 ) -> PeftModel:
     """A published adapter on its base, every key accounted for.
 
     Args:
-        base_fingerprint: of the base under `model`; None where there is none to compare.
+        base: what lies under `model`; None where there is none to compare.
 
     Raises:
         CheckFailed: the folder differs from its manifest, the base is another one, keys are
             missing, unexpected or of another shape.
     """
-    facts = verify(folder)["facts"]
-    recorded = facts.get("base_fingerprint")
-    if base_fingerprint and recorded != base_fingerprint:
-        raise CheckFailed(
-            f"{folder}: was trained on a base with fingerprint {recorded}; "
-            f"this base has {base_fingerprint}"
-        )
-    config = LoraConfig.from_pretrained(str(folder))
+    verified_facts(folder, base)
+    config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     weights = load_peft_weights(str(folder), device="cpu")
@@ -157,11 +180,8 @@ def load_adapter(
 
 
 def _check_keys(folder: Path, model: PeftModel, weights: Mapping[str, torch.Tensor]) -> None:
-    expected = {
-        name.replace(".default.", "."): p.shape
-        for name, p in model.named_parameters()
-        if "lora_" in name
-    }
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {name: tensor.shape for name, tensor in state.items()}
     differing = sorted(set(expected) ^ set(weights))
     if differing:
         shown = ", ".join(differing[:5]) + (" …" if len(differing) > 5 else "")

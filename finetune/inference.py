@@ -91,7 +91,7 @@ def open_variant(run: RunFolder, variant: str, full_precision: bool = False) -> 
     if variant == "adapter":
         if not run.adapter.is_dir():
             raise InputError(f"{run.path}: has no adapter yet; train the run first")
-        model = load_adapter(model, run.adapter, base.fingerprint())
+        model = load_adapter(model, run.adapter, base.identity())
     return Opened(variant, model.to(device).eval(), base, device)
 
 

@@ -30,6 +30,7 @@ from finetune.config.base import BaseSection
 from finetune.errors import CannotContinue, InputError
 from finetune.fast.attention import register
 from finetune.hub import download
+from finetune.identity import BaseIdentity, merged_adapter_of, tokenizer_hash
 from finetune.llama.architecture import (
     HUB_IDS,
     Architecture,
@@ -71,6 +72,24 @@ class Base:
         """One hash over weights and shape: the same base has the same, another another."""
         files = fingerprint_of_files(weight_files(self.folder))
         return artifact.sha256_of_json({"files": files, "architecture": asdict(self.architecture)})
+
+    def identity(self, fingerprint: str | None = None) -> BaseIdentity:
+        """What an adapter records of this base, and asks of the next it is put on.
+
+        Args:
+            fingerprint: where it is known already; it is read from every byte of the weights.
+        """
+        style = self.chat_format
+        return BaseIdentity(
+            fingerprint=fingerprint or self.fingerprint(),
+            tokenizer_sha256=tokenizer_hash(self.tokenizer),
+            chat_format=style.name if style else None,
+            chat_format_sha256=artifact.sha256_of_json([style.jinja(), style.stops])
+            if style
+            else None,
+            vocab_size=self.architecture.vocab_size,
+            merged_adapter_sha256=merged_adapter_of(self.folder),
+        )
 
 
 def find_base(config: RunConfig, run_path: Path) -> Base:
@@ -214,7 +233,21 @@ def load_model(base: Base, section: BaseSection, device: torch.device) -> LlamaF
         settings["quantization_config"] = quantization_config(section)
         if device.type != "cpu":
             settings["device_map"] = {"": device}
-    return read_weights(base.folder, **settings)
+    model = read_weights(base.folder, **settings)
+    _keep_4_bit_layout(model)
+    return model
+
+
+def _keep_4_bit_layout(model: LlamaForCausalLM) -> None:
+    """Keeps 4-bit weights in the one layout that everything else can read.
+
+    On a CPU with bfloat16 units, bitsandbytes 0.50 rewrites the packed weights of a layer in place
+    at its first forward pass in evaluation mode. Whatever reads their numbers afterwards (DoRA's
+    norms, a merge, its proof) gets other numbers, silently: off by 0.57 where |W| is at most 0.36.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def read_weights(folder: Path, **settings: Any) -> LlamaForCausalLM:

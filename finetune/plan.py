@@ -24,6 +24,7 @@ from finetune.llama.architecture import (
     architecture_of,
     from_llama_config,
 )
+from finetune.methods import method_of
 
 GIB = 2**30
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
@@ -92,7 +93,7 @@ def plan_of(config: RunConfig) -> Plan:
     arch = architecture_of_base(config)
     parameters = arch.num_parameters()
     is_full = config.adapter.method == "none"
-    trained = parameters.total if is_full else num_lora_parameters(arch, config)
+    trained = parameters.total if is_full else num_adapter_parameters(arch, config)
     moments = _MOMENTS.get(config.train.optim)
     size = _BYTES[config.base.dtype if is_full else "float32"]  # adapters are float32
     sizes = {
@@ -104,32 +105,16 @@ def plan_of(config: RunConfig) -> Plan:
     return Plan(arch, parameters, trained, sizes, arch.flops_per_token().total)
 
 
-def projection_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
-    """(in, out) of every linear layer of a block, by PEFT's name."""
-    kv_width = arch.n_kv_heads * arch.head_dim
-    dim, wide = arch.dim, arch.intermediate_size
-    return {
-        "q_proj": (dim, dim),
-        "k_proj": (dim, kv_width),
-        "v_proj": (dim, kv_width),
-        "o_proj": (dim, dim),
-        "gate_proj": (dim, wide),
-        "up_proj": (dim, wide),
-        "down_proj": (wide, dim),
-    }
+def num_adapter_parameters(arch: Architecture, config: RunConfig) -> int:
+    """Trainable parameters of the config's adapter: its method's closed formula.
 
-
-def num_lora_parameters(arch: Architecture, config: RunConfig) -> int:
-    """Trainable parameters of LoRA: r · (in + out) for every targeted matrix of every layer."""
-    shapes = projection_shapes(arch)
-    unknown = [name for name in config.adapter.target_modules if name not in shapes]
-    if unknown:
-        raise InputError(
-            f"adapter.target_modules: {', '.join(unknown)} matches no linear layer of a Llama; "
-            f"it has {', '.join(shapes)}"
-        )
-    widths = (sum(shapes[name]) for name in config.adapter.target_modules)
-    return arch.n_layers * config.adapter.r * sum(widths)
+    Raises:
+        InputError: a setting that does not fit the base.
+    """
+    method = method_of(config.adapter)
+    if findings := method.findings(config.adapter, arch):
+        raise InputError(findings)
+    return method.num_trainable(config.adapter, arch)
 
 
 def _base_bytes(arch: Architecture, config: RunConfig) -> int:

@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def start(self) -> Path:
+        """What an initialisation took from the base (`adapter.init`), for resume and publishing."""
+        return self.path / "start"
+
+    @property
     def merged(self) -> Path:
         """The merged model."""
         return self.path / "merged"

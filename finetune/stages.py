@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import set_seed
 
-from finetune import adapters, artifact, checkpoint
+from finetune import adapters, artifact, checkpoint, identity
 from finetune.batching import steps_of
 from finetune.config import RunConfig
 from finetune.data import RunData, load_data
@@ -26,6 +26,7 @@ from finetune.model import (
 )
 from finetune.preview import show_example
 from finetune.recipes import Parts
+from finetune.recipes.assembly import uses_bf16_autocast
 from finetune.run_folder import RunFolder, environment
 
 if TYPE_CHECKING:
@@ -98,7 +99,9 @@ def _refuse_other_rows(run: RunFolder, found: dict[str, Any]) -> None:
     )
 
 
-def prepare_model(config: RunConfig, base: Base, data: RunData, first: bool) -> torch.nn.Module:
+def prepare_model(
+    config: RunConfig, run: RunFolder, base: Base, data: RunData, first: bool
+) -> torch.nn.Module:
     """The base with a fresh adapter (or with all weights trainable), and the parameter report."""
     model = load_model(base, config.base, device_of_rank())
     set_seed(config.run.seed)
@@ -107,10 +110,21 @@ def prepare_model(config: RunConfig, base: Base, data: RunData, first: bool) -> 
     else:
         if first:
             _warn_untrained(model, base, data)
-        trained = adapters.attach(model, config.adapter, base.name)
+        with first_rank_first(first):
+            trained = adapters.attach(model, config.adapter, base.name, run.start)
     if first:
-        _say("\n".join(adapters.report_parameters(trained).lines()))
+        report = adapters.report_parameters(trained, *_working_types(config))
+        _say("\n".join(report.lines()))
     return trained
+
+
+def _working_types(config: RunConfig) -> tuple[str, str]:
+    """The types of the products and of the optimizer's moments, in words."""
+    compute = "bfloat16 (autocast)" if uses_bf16_autocast(config) else config.base.dtype
+    trained = config.base.dtype if config.adapter.method == "none" else "float32"
+    if config.train.optim == "sgd":
+        return compute, "no moments (sgd)"
+    return compute, "int8 (blocks)" if "8bit" in config.train.optim else trained
 
 
 def _warn_untrained(model: torch.nn.Module, base: Base, data: RunData) -> None:
@@ -169,16 +183,20 @@ def publish(run: RunFolder, base: Base, trainer: OurSeams, first: bool) -> None:
         target = run.adapter if is_adapter else run.model
         if target.exists():  # published before the process died; run.json was not
             artifact.remove(target)
+        known = artifact.read_json(_environment_file(run))
         facts = {
             "kind": "adapter" if is_adapter else "model",
             "base": base.name,
-            "base_fingerprint": artifact.read_json(_environment_file(run))["base_fingerprint"],
             "base_revision": base.revision,
+            # of the files as they were when the run started, whatever has become of them since
+            **base.identity(known["base_fingerprint"]).facts(),
             "step": trainer.state.global_step,
             "heldout_loss": trainer.last_heldout[1].loss if trainer.last_heldout else None,
         }
         with artifact.staged(target, facts) as stage:
-            _write_trained(trainer.model, stage, is_adapter)
+            _write_trained(trainer.model, stage, is_adapter, run.start)
+            if is_adapter:
+                facts |= identity.adapter_facts(stage)
             save_tokenizer(base.tokenizer, stage)
             if not is_adapter:
                 write_generation_config(base, stage)
@@ -187,12 +205,12 @@ def publish(run: RunFolder, base: Base, trainer: OurSeams, first: bool) -> None:
         dist.barrier()
 
 
-def _write_trained(model: Any, stage: Path, is_adapter: bool) -> None:
+def _write_trained(model: Any, stage: Path, is_adapter: bool, start: Path) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
             raise CannotContinue(f"{name} holds non-finite values; nothing is published")
     if is_adapter:
-        adapters.save_adapter(model, stage)
+        adapters.save_adapter(model, stage, start)
     else:
         model.save_pretrained(str(stage))
 

@@ -75,7 +75,7 @@ def _train(loaded: Loaded, run: RunFolder) -> None:
     config = loaded.config
     base = stages.prepare_base(config, run, is_first_rank())
     data = stages.prepare_data(config, run, base, is_first_rank())
-    model = stages.prepare_model(config, base, data, is_first_rank())
+    model = stages.prepare_model(config, run, base, data, is_first_rank())
     parts = stages.gather_parts(config, run, base, data, model, num_ranks())
     trainer = RECIPES[config.recipe](parts)
     _check_ranks(trainer.accelerator.num_processes)

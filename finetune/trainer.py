@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer, TrainerControl
 
 from finetune import checkpoint
@@ -39,6 +40,7 @@ class TrainerInputs:
         checkpoints: folder of the checkpoints.
         save_total_limit: checkpoints kept.
         eval_batch_size: documents in one forward pass of the held-out loss.
+        lr_ratio: learning rate of LoRA's B over that of A (LoRA+); None where it is one rate.
     """
 
     train: PreparedDocuments
@@ -48,6 +50,7 @@ class TrainerInputs:
     checkpoints: Path
     save_total_limit: int
     eval_batch_size: int
+    lr_ratio: float | None = None
 
 
 class OurSeams(Trainer):
@@ -55,6 +58,7 @@ class OurSeams(Trainer):
 
     ours: TrainerInputs
     control: TrainerControl
+    optimizer: Any
     step_loss: float = math.nan  # nats per trained token of the last step, over all ranks
     step_tokens: int = 0  # supervised tokens of the last step, over all ranks
     step_num_tokens: int = 0  # all tokens of the last step, over all ranks
@@ -74,6 +78,20 @@ class OurSeams(Trainer):
         train = self.ours.train
         sampler = PackSampler(self.ours.plan, self.ours.seed, self.args.process_index)
         return PackLoader(TokenizedRows(train.pair, len(train), filler_id=0), sampler)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """One rate for all parameters, or LoRA+'s groups, as PEFT makes them."""
+        if self.ours.lr_ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = create_loraplus_optimizer(
+            self.model,
+            kind,
+            loraplus_lr_ratio=self.ours.lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **settings,
+        )
+        return self.optimizer
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device

@@ -123,7 +123,7 @@ def trainer_of(loaded: Loaded) -> Any:
     run = open_run(loaded)
     base = stages.prepare_base(loaded.config, run, first=True)
     data = stages.prepare_data(loaded.config, run, base, first=True)
-    model = stages.prepare_model(loaded.config, base, data, first=True)
+    model = stages.prepare_model(loaded.config, run, base, data, first=True)
     return RECIPES[loaded.config.recipe](
         stages.gather_parts(loaded.config, run, base, data, model, 1)
     )

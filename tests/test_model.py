@@ -269,6 +269,17 @@ class TestQuantized:
         state = model.model.layers[0].mlp.up_proj.weight.quant_state
         assert (state.quant_type, state.nested) == (kind, True)
 
+    def test_4_bit_numbers_are_the_same_before_and_after_a_forward_pass(self, bench):
+        """bitsandbytes would repack them in place on CPUs with bfloat16 units, in evaluation."""
+        import bitsandbytes.functional as bnb
+
+        _, model = opened(bench, "base.quantization=nf4")
+        weight = model.model.layers[0].mlp.up_proj.weight
+        before = bnb.dequantize_4bit(weight.data, weight.quant_state)
+        with torch.no_grad():
+            model.eval()(input_ids=torch.arange(3, 20).unsqueeze(0), use_cache=False)
+        assert torch.equal(bnb.dequantize_4bit(weight.data, weight.quant_state), before)
+
     def test_the_report_counts_what_4_bit_numbers_stand_for(self, bench):
         plain = report_parameters(opened(bench)[1])
         quantized = report_parameters(opened(bench, "base.quantization=nf4")[1])

@@ -49,3 +49,11 @@ measured 2.8e-7."""
 TWO_RANKS_ADAPTER = 2e-5
 """A tensor of an adapter after eight AdamW steps on gradients summed in another order, by gloo: the
 norm of the difference, relative; measured 1.0e-6, the losses of the steps 5.5e-8."""
+
+STEP_ZERO_FLOAT32 = 1e-4
+"""Logits at step 0 against the base's where an initialisation takes s·B0·A0 out of W and adds it
+again (PiSSA, OLoRA), float32; measured 1.0e-5. Every other method: equal bit for bit."""
+
+RELOADED_FLOAT32 = 1e-4
+"""Logits of the trained model in memory, of the published adapter in our loader and in plain PEFT,
+float32; measured 1.4e-5 for PiSSA, whose published adapter is another sum, and 0 for the others."""

@@ -1,14 +1,44 @@
-"""`adapter:` the small weights that are trained."""
+"""`adapter:` the small weights that are trained.
+
+The keys are flat and named as PEFT names them. Which of them a method has is in SETTINGS; a key of
+another method is refused as a setting without effect. Formulas and costs: `finetune.methods`.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
-from finetune.config.section import Section, Texts
+from finetune.config.section import Section, Texts, as_tuple
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+IA3_TARGETS = ("k_proj", "v_proj", "down_proj")
+
+_LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init", "rank_pattern", "alpha_pattern")
+_WHERE = ("target_modules", "layers")
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "lora": (*_LORA, *_WHERE),
+    "dora": (*_LORA, *_WHERE),
+    "lora+": (*_LORA, "loraplus_lr_ratio", *_WHERE),
+    "loha": ("r", "lora_alpha", *_WHERE),
+    "oft": ("oft_block_size", *_WHERE),
+    "ia3": ("target_modules",),
+    "miss": ("r", *_WHERE),
+    "none": (),
+}
+"""method -> the settings that have an effect with it."""
+
+ON_QUANTIZED_BASE = {
+    "nf4": ("lora", "lora+", "dora"),
+    "fp4": ("lora", "lora+", "dora"),
+    "int8": ("lora", "lora+"),
+}
+"""Storage of the base -> the methods that train on it. DoRA needs the norms of W + s·B·A, and PEFT
+0.21 loses the scales of 8-bit weights when it reads them before the first forward pass."""
+
+CHANGES_BASE = ("pissa", "olora")
+"""Initialisations that take the adapter's start out of the base's weights."""
 
 
 def _projections_only(targets: tuple[str, ...]) -> tuple[str, ...]:
@@ -24,20 +54,33 @@ def _projections_only(targets: tuple[str, ...]) -> tuple[str, ...]:
     return targets
 
 
-class AdapterSection(Section):
-    """LoRA on the projections of every layer, or none: then the full weights are trained.
+def _each_once(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(numbers)) < len(numbers):
+        raise ValueError("needs each number once")
+    return numbers
 
-    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
+
+Rank = Annotated[int, Field(ge=1, le=4096)]
+Alpha = Annotated[int, Field(ge=1, le=65536)]
+Index = Annotated[int, Field(ge=0)]
+Indices = Annotated[tuple[Index, ...], Field(), AfterValidator(_each_once)]
+
+
+class AdapterSection(Section):
+    """A method of PEFT on the projections of every layer, or none: the full weights are trained.
+
+    Source of the default: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
+    arXiv:2106.09685.
     """
 
-    method: Literal["lora", "none"] = "lora"
-    """`lora`, or `none` to train the full weights."""
+    method: Literal["lora", "dora", "lora+", "loha", "oft", "ia3", "miss", "none"] = "lora"
+    """`lora` or another method of docs/recipes.md, or `none` to train the full weights."""
 
-    r: Annotated[int, Field(ge=1, le=4096)] = 16
-    """Rank of the update B·A of every targeted matrix."""
+    r: Rank = 16
+    """Rank of the update of every targeted matrix."""
 
-    lora_alpha: Annotated[int, Field(ge=1, le=65536)] = 32
-    """The update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
+    lora_alpha: Alpha = 32
+    """The update is scaled by lora_alpha / r (LoHa too), or lora_alpha / sqrt(r) with rsLoRA."""
 
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropping an input of A while training."""
@@ -45,5 +88,35 @@ class AdapterSection(Section):
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead. Source: Kalajdzievski 2023, arXiv:2312.03732."""
 
+    init: Literal["default", "gaussian", "pissa", "olora"] = "default"
+    """Start of A and B: `default` (A Kaiming uniform, B zero), or another of docs/recipes.md."""
+
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
+    """Other ranks for some matrices: the end of a layer's name (or a pattern of it) -> rank."""
+
+    alpha_pattern: dict[str, Alpha] = Field(default_factory=dict)
+    """Other values of lora_alpha for some matrices, named as in `rank_pattern`."""
+
+    loraplus_lr_ratio: Annotated[float, Field(gt=0, le=1024)] = 16.0
+    """Learning rate of B over that of A, which is train.learning_rate."""
+
+    oft_block_size: Annotated[int, Field(ge=2, le=4096)] = 32
+    """Columns of W that one rotation turns; the width of every targeted matrix is a multiple."""
+
     target_modules: Annotated[Texts, AfterValidator(_projections_only)] = PROJECTIONS
     """Names of the linear layers that get an adapter; one that matches nothing stops the run."""
+
+    layers: Indices = ()
+    """Numbers of the decoder layers that get an adapter, from 0; empty for all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _completed(cls, data: Any) -> Any:
+        """A single layer may stand for a list of one; (IA)3 has targets of its own."""
+        if not isinstance(data, dict):
+            return data
+        if "layers" in data:
+            data = {**data, "layers": as_tuple(data["layers"])}
+        if data.get("method") == "ia3" and data.get("target_modules") is None:
+            data = {**data, "target_modules": IA3_TARGETS}
+        return data

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from finetune.config.adapter import CHANGES_BASE, ON_QUANTIZED_BASE, SETTINGS
 from finetune.config.data import COLUMNS
 from finetune.config.train import SCHEDULER_KWARGS
 from finetune.errors import InputError
@@ -40,14 +41,30 @@ class Dependence:
     condition: str
 
 
+_OF_ADAPTERS = tuple(dict.fromkeys(key for keys in SETTINGS.values() for key in keys))
+
+
+def _of_method(key: str) -> Dependence:
+    """The dependence of an adapter's setting on its method."""
+    methods = [name for name, keys in SETTINGS.items() if key in keys]
+    return Dependence(
+        "adapter",
+        (key,),
+        lambda config: config.adapter.method in (*methods, "none"),
+        "adapter.method",
+        f"with this adapter.method; it belongs to {', '.join(methods)}",
+    )
+
+
 DEPENDENCES = (
     Dependence(
         "adapter",
-        ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"),
+        _OF_ADAPTERS,
         lambda config: config.adapter.method != "none",
         "adapter.method",
         "without an adapter (adapter.method: none)",
     ),
+    *map(_of_method, _OF_ADAPTERS),
     Dependence(
         "base",
         ("revision",),
@@ -199,11 +216,39 @@ def _known_architecture(config: RunConfig) -> Architecture | None:
 
 
 def _adapter(config: RunConfig) -> Iterator[Conflict]:
-    if config.adapter.method == "none" and config.base.quantization != "none":
+    adapter, storage = config.adapter, config.base.quantization
+    if storage != "none" and adapter.method == "none":
         yield Conflict(
             ("base.quantization", "adapter.method"),
-            f"found {config.base.quantization} with adapter.method: none; quantised weights cannot"
+            f"found {storage} with adapter.method: none; quantised weights cannot"
             " be trained: allowed: none, or an adapter (adapter.method: lora)",
+        )
+    elif storage != "none" and adapter.method not in ON_QUANTIZED_BASE[storage]:
+        yield Conflict(
+            ("base.quantization", "adapter.method"),
+            f"found {storage} with adapter.method: {adapter.method}; allowed: none, or"
+            f" adapter.method: {', '.join(ON_QUANTIZED_BASE[storage])}",
+        )
+    yield from _adapter_init(config)
+
+
+def _adapter_init(config: RunConfig) -> Iterator[Conflict]:
+    """PiSSA and OLoRA move a part of W into the adapter: W has to be numbers, the adapter B·A."""
+    adapter, storage = config.adapter, config.base.quantization
+    if adapter.init not in CHANGES_BASE:
+        return
+    paths = ("adapter.init", "adapter.method", "base.quantization")
+    if adapter.method == "dora":
+        yield Conflict(
+            paths,
+            f"found {adapter.init} with adapter.method: dora, whose update cannot be told apart"
+            " from the base again: allowed: default, gaussian",
+        )
+    if storage != "none":
+        yield Conflict(
+            paths,
+            f"found {adapter.init} with base.quantization: {storage}, whose weights cannot give a"
+            " part to the adapter: allowed: default, gaussian",
         )
 
 

@@ -50,6 +50,7 @@ def trainer_inputs(parts: Parts) -> TrainerInputs:
         checkpoints=parts.run_path / "checkpoints",
         save_total_limit=config.train.save_total_limit,
         eval_batch_size=config.eval.per_device_eval_batch_size,
+        lr_ratio=config.adapter.loraplus_lr_ratio if config.adapter.method == "lora+" else None,
     )
 
 

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from finetune.config.adapter import SETTINGS
 from finetune.config.loader import dump, load, read_run_config
-from finetune.config.schema import KNOWN_PATHS
+from finetune.config.schema import KNOWN_PATHS, SECTIONS
 from finetune.errors import InputError
 
 SFT = """\
@@ -62,6 +63,8 @@ def test_every_setting_has_a_line_with_its_origin(path):
     values = yaml.safe_load(text)
     written = {f"{s}.{k}" for s, keys in values.items() if isinstance(keys, dict) for k in keys}
     idle = {"base.revision", "data.on_overlap", "train.eval_steps", "eval.max_new_tokens"}
+    others = set(SECTIONS["adapter"].model_fields) - set(SETTINGS["lora"]) - {"method"}
+    idle |= {f"adapter.{key}" for key in others}
     assert written | {"recipe"} | idle == set(KNOWN_PATHS)
     lines = {line.split(":")[0].strip(): line for line in text.splitlines()}
     assert lines["  r".strip()].endswith("# override")

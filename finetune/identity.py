@@ -1,0 +1,136 @@
+"""What an adapter records of the base it was trained on, and how another base is told apart.
+
+PEFT's adapter_config.json names its base and holds no hash of it: on another base, on a base that
+the same adapter was merged into, or with another scaling, PEFT loads it without a word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from finetune import artifact
+from finetune.errors import CheckFailed
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+LIBRARIES = ("torch", "transformers", "peft", "trl", "safetensors", "tokenizers")
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What of a base an adapter depends on.
+
+    Attributes:
+        fingerprint: one hash over weights and shape.
+        tokenizer_sha256: of vocabulary, merges, added tokens and pre-tokenisation.
+        chat_format: name of the prompt format; None for plain text.
+        chat_format_sha256: of the format's template with its date; None for plain text.
+        vocab_size: rows of the embedding.
+        merged_adapter_sha256: where the base is a merged model, of the adapter in it.
+    """
+
+    fingerprint: str
+    tokenizer_sha256: str
+    chat_format: str | None
+    chat_format_sha256: str | None
+    vocab_size: int
+    merged_adapter_sha256: str | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """The part of an adapter's manifest that is about its base."""
+        return {
+            "base_fingerprint": self.fingerprint,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "chat_format": self.chat_format,
+            "chat_format_sha256": self.chat_format_sha256,
+            "vocab_size": self.vocab_size,
+        }
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """One hash over everything that decides which ids a text becomes.
+
+    Truncation and padding are left out: callers switch them while they work.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
+    return artifact.sha256_of_json(kept)
+
+
+def merged_adapter_of(folder: Path) -> str | None:
+    """The sha256 of the adapter that was merged into a model folder; None where none was."""
+    if not (folder / artifact.MANIFEST).is_file():
+        return None
+    facts = artifact.read_manifest(folder)["facts"]
+    return facts.get("adapter_sha256") if facts.get("kind") == "merged" else None
+
+
+def adapter_facts(folder: Path) -> dict[str, Any]:
+    """What the manifest says of the adapter itself: its settings, their hash, the libraries."""
+    settings = artifact.read_json(folder / ADAPTER_FILES[0])
+    return {
+        "adapter_config": settings,
+        "adapter_config_sha256": artifact.sha256_of_json(settings),
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def verified_facts(folder: Path, base: BaseIdentity | None) -> dict[str, Any]:
+    """The facts of an adapter folder that is as it was published, and belongs to `base`.
+
+    Args:
+        base: under the model; None where there is none to compare.
+
+    Raises:
+        CheckFailed: settings or files were edited, or the base is another one; says what differs.
+    """
+    facts: dict[str, Any] = artifact.read_manifest(folder)["facts"]
+    _refuse_edited_settings(folder, facts)
+    artifact.verify(folder)
+    if base is not None:
+        _refuse_other_base(folder, facts, base)
+    return facts
+
+
+def _refuse_edited_settings(folder: Path, facts: Mapping[str, Any]) -> None:
+    """r, alpha and rslora are the scale of the update: other numbers are another model."""
+    trained = facts.get("adapter_config")
+    path = folder / ADAPTER_FILES[0]
+    if trained is None or not path.is_file():
+        return  # published before settings were recorded, or missing: verify tells
+    found = artifact.read_json(path)
+    if artifact.sha256_of_json(found) == facts["adapter_config_sha256"]:
+        return
+    differing = [
+        f"{key} is {found.get(key)!r}, trained with {trained.get(key)!r}"
+        for key in sorted(set(found) | set(trained))
+        if found.get(key) != trained.get(key)
+    ]
+    raise CheckFailed(f"{path}: was edited since training: {'; '.join(differing)}")
+
+
+def _refuse_other_base(folder: Path, facts: Mapping[str, Any], base: BaseIdentity) -> None:
+    if base.merged_adapter_sha256 is not None:
+        own = artifact.sha256_of(folder / ADAPTER_FILES[1]) == base.merged_adapter_sha256
+        which = "this adapter is in it already" if own else "another adapter is in it"
+        if facts.get("base_fingerprint") != base.fingerprint:
+            raise CheckFailed(f"{folder}: the base is a merged model; {which}")
+    findings = [
+        message.format(facts[key], own)
+        for key, message in _MESSAGES.items()
+        if key in facts and facts[key] != (own := base.facts()[key])
+    ]
+    if findings:
+        raise CheckFailed("\n".join(f"{folder}: {finding}" for finding in findings))
+
+
+_MESSAGES = {
+    "base_fingerprint": "was trained on a base with fingerprint {}; this base has {}",
+    "vocab_size": "was trained on a vocabulary of {} ids; this base has {}",
+    "tokenizer_sha256": "was trained with a tokenizer of sha256 {}; this base's has {}",
+    "chat_format_sha256": "was trained in a prompt format of sha256 {}; this base's has {}",
+}
