@@ -21,7 +21,7 @@ from source_files import (
 LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
-    " pages llama.presets ngrams mojibake",
+    " pages llama.presets ngrams mojibake hashing",
     "config overlap cache",
     "llama adapters fast run_folder ledger suspicion hub",
     "files",
@@ -30,8 +30,8 @@ LINES = (
     "rendering mixture",
     "preparation",
     "data model plan packing",
-    "batching tokens excerpts",
-    "summary",
+    "batching tokens excerpts skeleton",
+    "summary merging proof_layers proof_weights",
     "checkpoint heldout preview inspection",
     "trainer inference",
     "recipes monitor scoring proof",
