@@ -28,15 +28,13 @@ from finetune.model import DTYPES, find_base
 from finetune.proof import prove
 from finetune.run_folder import RunFolder, find_run, locked
 
-DEFAULT_TARGET = "full"
-
 
 def plan_merge(run: RunFolder, dtype: str | None = None, target: str | None = None) -> MergePlan:
     """Reads adapter and base and matches them, tensor by tensor.
 
     Args:
         dtype: of the merged weights; the base's if None.
-        target: `full` or `dequantized`; the documented default if None.
+        target: `full` or `dequantized`; if None, the weights the run was trained on.
 
     Raises:
         InputError: no adapter, or a target without effect.
@@ -64,7 +62,7 @@ def plan_merge(run: RunFolder, dtype: str | None = None, target: str | None = No
         trained_dtype=config.base.dtype,
         dtype=merged_dtype,
         quantization=quantization,
-        target=target or DEFAULT_TARGET,
+        target=target or ("full" if quantization == "none" else "dequantized"),
         files=planned_files(base, updates, merged_dtype),
     )
 
@@ -153,7 +151,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder to write (default: RUN/merged)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the base's)")
     parser.add_argument(
-        "--base", choices=TARGETS, help="of a quantised run: the weights on disk, or as trained on"
+        "--base",
+        choices=TARGETS,
+        help="of a quantised run (default: dequantized, the weights it was trained on)",
     )
     parser.add_argument("--plan", action="store_true", help="plan and check, write nothing")
     parser.add_argument("--json", action="store_true", help="print merge.json (or the plan)")
