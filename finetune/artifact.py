@@ -73,7 +73,11 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def staged(final: Path, facts: Mapping[str, Any] | None = None) -> Iterator[Path]:
+def staged(
+    final: Path,
+    facts: Mapping[str, Any] | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> Iterator[Path]:
     """A temporary folder beside `final` that becomes `final` when the block ends well.
 
     On the way out every file is fsynced and hashed into `manifest.json`, the folder is renamed
@@ -82,6 +86,8 @@ def staged(final: Path, facts: Mapping[str, Any] | None = None) -> Iterator[Path
     Args:
         final: the name to publish under; must not exist.
         facts: what else the manifest says, under "facts".
+        hashes: sha256 by name of files that were hashed as they were written, read when the
+            block has ended; the others are read back.
 
     Raises:
         InputError: `final` exists.
@@ -93,7 +99,7 @@ def staged(final: Path, facts: Mapping[str, Any] | None = None) -> Iterator[Path
     try:
         stage.mkdir(parents=True)
         yield stage
-        _write_manifest(stage, dict(facts or {}))
+        _write_manifest(stage, dict(facts or {}), hashes or {})
         os.rename(stage, final)
         _fsync_folder(final.parent)
     except OSError as error:
@@ -180,12 +186,15 @@ def _file_finding(folder: Path, name: str, entry: Any) -> str | None:
     return None
 
 
-def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+def _write_manifest(
+    folder: Path, facts: dict[str, Any], hashes: Mapping[str, str] | None = None
+) -> None:
     files = {}
     for name in _file_names(folder):
         path = folder / name
         _fsync(path)
-        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        digest = (hashes or {}).get(name) or sha256_of(path)
+        files[name] = {"bytes": path.stat().st_size, "sha256": digest}
     for path in folder.rglob("*"):
         if path.is_dir():
             _fsync_folder(path)  # or a crash could lose a name in it, though not its bytes

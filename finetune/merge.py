@@ -10,70 +10,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-
 from finetune import artifact
 from finetune.adapters import ADAPTER_FILES
-from finetune.errors import CheckFailed, InputError
-from finetune.llama.tokenizer import save_tokenizer
-from finetune.model import (
-    DTYPES,
-    Base,
-    find_base,
-    weight_files,
-    write_generation_config,
-)
+from finetune.errors import InputError
+from finetune.merging.checks import adapters_in, check
+from finetune.merging.plan import TARGETS, MergePlan, planned_files
+from finetune.merging.update import read_updates
+from finetune.merging.writing import write_merged
+from finetune.model import DTYPES, find_base
 from finetune.proof import prove
-from finetune.run_folder import RunFolder, find_run
-
-_PREFIX = "base_model.model."
+from finetune.run_folder import RunFolder, find_run, locked
 
 
-@dataclass(frozen=True)
-class Update:
-    """The low-rank update of one matrix: A (r, in), B (out, r), scale s."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """W + s·B·A in float32; `weight` is (out, in)."""
-        return weight.float() + self.scale * (self.b.float() @ self.a.float())
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """What a merge will do, checked before anything is written.
-
-    Attributes:
-        base: the base's folder.
-        updates: tensor name in the base -> its update.
-        trained_dtype: type the base was held in while the adapter was trained.
-        dtype: type of the merged weights.
-    """
-
-    base: Base
-    updates: dict[str, Update]
-    trained_dtype: torch.dtype
-    dtype: torch.dtype
-
-
-def plan_merge(run: RunFolder, dtype: str | None) -> MergePlan:
+def plan_merge(run: RunFolder, dtype: str | None = None, target: str | None = None) -> MergePlan:
     """Reads adapter and base and matches them, tensor by tensor.
 
+    Args:
+        dtype: of the merged weights; the base's if None.
+        target: `full` or `dequantized`; if None, the weights the run was trained on.
+
     Raises:
-        InputError: no adapter, or an unknown dtype.
-        CheckFailed: damaged adapter, another base, or tensors that do not fit.
+        InputError: no adapter, or a target without effect.
+        CheckFailed: damaged adapter, or one that is not merged.
     """
     config = run.config()
     if not run.adapter.is_dir():
@@ -83,137 +48,98 @@ def plan_merge(run: RunFolder, dtype: str | None) -> MergePlan:
             else "is not trained yet"
         )
         raise InputError(f"{run.path}: {why}; there is no adapter to merge")
-    facts = artifact.verify(run.adapter)["facts"]
+    quantization = config.base.quantization
+    if target == "dequantized" and quantization == "none":
+        raise InputError("--base dequantized: the run's base is not quantised")
+    artifact.verify(run.adapter)
     base = find_base(config, run.path)
-    if facts["base_fingerprint"] != base.fingerprint():
-        raise CheckFailed(f"{run.adapter}: its base has changed since training; not merged")
     updates = read_updates(run.adapter)
-    shapes = _base_shapes(base.folder)
-    findings = [f for name, u in updates.items() if (f := _misfit(name, u, shapes.get(name)))]
-    if findings:
-        raise CheckFailed("\n".join(findings))
-    trained_dtype = DTYPES[config.base.dtype]
-    return MergePlan(base, updates, trained_dtype, DTYPES[dtype] if dtype else trained_dtype)
+    merged_dtype = dtype or config.base.dtype
+    return MergePlan(
+        base=base,
+        adapter=run.adapter,
+        updates=updates,
+        trained_dtype=config.base.dtype,
+        dtype=merged_dtype,
+        quantization=quantization,
+        target=target or ("full" if quantization == "none" else "dequantized"),
+        files=planned_files(base, updates, merged_dtype),
+    )
 
 
-def read_updates(adapter: Path) -> dict[str, Update]:
-    """The update of every targeted matrix of a PEFT LoRA folder, by the base's tensor name.
-
-    Raises:
-        CheckFailed: an A without its B, or a key that is neither.
-    """
-    settings = artifact.read_json(adapter / ADAPTER_FILES[0])
-    rank = settings["r"]
-    scale = settings["lora_alpha"] / (math.sqrt(rank) if settings["use_rslora"] else rank)
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
-    with safe_open(str(adapter / ADAPTER_FILES[1]), framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            module, _, part = key.removeprefix(_PREFIX).rpartition(".lora_")
-            pairs.setdefault(f"{module}.weight", {})[part] = file.get_tensor(key)
-    broken = [name for name, pair in pairs.items() if set(pair) != {"A.weight", "B.weight"}]
-    if broken or not pairs:
-        raise CheckFailed(
-            f"{adapter}: not pairs of lora_A and lora_B: {', '.join(broken) or 'empty'}"
-        )
-    return {n: Update(p["A.weight"], p["B.weight"], scale) for n, p in sorted(pairs.items())}
-
-
-def _base_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for path in weight_files(folder):
-        with safe_open(str(path), framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                shapes[key] = tuple(file.get_slice(key).get_shape())
-    return shapes
-
-
-def _misfit(name: str, update: Update, shape: tuple[int, ...] | None) -> str | None:
-    if shape is None:
-        return f"{name}: the adapter has an update for it, the base has no such tensor"
-    if shape != (update.b.shape[0], update.a.shape[1]):
-        return f"{name}: the base has {shape}, B·A is {(update.b.shape[0], update.a.shape[1])}"
-    return None
-
-
-def merged_tensors(plan: MergePlan, path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of one base shard, merged where they are targeted, in the output type.
-
-    The base is first rounded to the type it was trained on: that model is the one to reproduce.
-    """
-    with safe_open(str(path), framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            tensor = file.get_tensor(name).to(plan.trained_dtype)
-            update = plan.updates.get(name)
-            yield name, (update.apply(tensor) if update else tensor).to(plan.dtype).contiguous()
-
-
-def write_merged(plan: MergePlan, folder: Path) -> None:
-    """Streams the base's shards into `folder` in the same layout, with config and tokenizer."""
-    for path in weight_files(plan.base.folder):
-        save_file(dict(merged_tensors(plan, path)), str(folder / path.name), {"format": "pt"})
-    index = plan.base.folder / "model.safetensors.index.json"
-    if index.is_file():
-        _write_index(index, folder)
-    settings = artifact.read_json(plan.base.folder / "config.json")
-    settings.pop("torch_dtype", None)
-    settings["dtype"] = str(plan.dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    save_tokenizer(plan.base.tokenizer, folder)
-    write_generation_config(plan.base, folder)
-
-
-def _write_index(index: Path, folder: Path) -> None:
-    content = artifact.read_json(index)
-    sizes = [(folder / name).stat().st_size for name in set(content["weight_map"].values())]
-    content["metadata"] = {**content.get("metadata", {}), "total_size": sum(sizes)}
-    (folder / index.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def merge(run: RunFolder, out: Path | None = None, dtype: str | None = None) -> dict[str, Any]:
+def merge(
+    run: RunFolder, out: Path | None = None, dtype: str | None = None, target: str | None = None
+) -> dict[str, Any]:
     """Merges a run's adapter and proves it.
 
     Args:
         out: where to; the run's `merged/` if None.
         dtype: of the merged weights; the base's if None.
+        target: of a quantised run: `full` or `dequantized` base weights.
 
     Returns:
         what merge.json says.
 
     Raises:
-        CheckFailed: the proof failed; nothing is published.
+        CheckFailed: a check or the proof failed; nothing is published.
     """
-    target = out or run.merged
-    plan = plan_merge(run, dtype)
-    facts = {
-        "kind": "merged",
-        "base": plan.base.name,
-        "adapter_sha256": artifact.sha256_of(run.adapter / ADAPTER_FILES[1]),
-        "dtype": str(plan.dtype).removeprefix("torch."),
-    }
-    if target.exists():
-        return _already_merged(run, plan, target, facts)
-    with artifact.staged(target, facts) as stage:
-        write_merged(plan, stage)
-        result = _proven(run, plan, stage, facts)
-    artifact.write_json(target.parent / "merge.json", result)
+    folder = out or run.merged
+    with locked(run):
+        _sweep(folder)
+        plan = plan_merge(run, dtype, target)
+        if folder.exists():
+            return _already_merged(run, plan, folder, _facts(plan))
+        return _merge(run, plan, folder)
+
+
+def _merge(run: RunFolder, plan: MergePlan, folder: Path) -> dict[str, Any]:
+    _say("\n".join(plan.lines()))
+    begun, facts = time.monotonic(), _facts(plan)
+    hashes, written = check(plan, folder), dict[str, str]()
+    with artifact.staged(folder, facts, written) as stage:
+        written |= write_merged(plan, stage, hashes)
+        seconds = round(time.monotonic() - begun, 2)
+        result = {**_proven(run, plan, stage, facts), "seconds": seconds}
+    artifact.write_json(folder.parent / "merge.json", result)
     return result
 
 
+def _sweep(folder: Path) -> None:
+    """Removes what killed merges to this folder left: each may be as large as the model."""
+    for stale in folder.parent.glob(f".{folder.name}.tmp-*"):
+        shutil.rmtree(stale)
+
+
+def _facts(plan: MergePlan) -> dict[str, Any]:
+    adapter = artifact.sha256_of(plan.adapter / ADAPTER_FILES[1])
+    return {
+        "kind": "merged",
+        "base": plan.base.name,
+        "base_weights": plan.target,
+        "adapter_sha256": adapter,
+        "merged_adapters": [*adapters_in(plan.base.folder), adapter],
+        "dtype": plan.dtype,
+        "tied": plan.is_tied,
+    }
+
+
 def _proven(run: RunFolder, plan: MergePlan, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    return {**facts, "matrices": len(plan.updates), "proof": prove(run, plan.base, folder)}
+    proof = prove(run, plan.base, folder, plan.target)
+    return {**facts, "matrices": len(plan.updates), "proof": proof}
 
 
 def _already_merged(
-    run: RunFolder, plan: MergePlan, target: Path, facts: dict[str, Any]
+    run: RunFolder, plan: MergePlan, folder: Path, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    if artifact.verify(target)["facts"] != facts:
-        raise InputError(f"{target}: holds another merge; remove it or choose another --out")
-    print(f"merge    {target} is merged from this adapter already, and verifies", file=sys.stderr)
-    record = target.parent / "merge.json"
+    if artifact.verify(folder)["facts"] != facts:
+        raise InputError(f"{folder}: holds another merge; remove it or choose another --out")
+    _say(f"merge    {folder} is merged from this adapter already, and verifies")
+    record = folder.parent / "merge.json"
     result: dict[str, Any] = artifact.read_json(record) if record.exists() else {}
     if any(result.get(key) != value for key, value in facts.items()):
         # Of another merge beside this one, or lost with the process that merged: proven again.
-        result = _proven(run, plan, target, facts)
+        check(plan, folder)
+        result = _proven(run, plan, folder, facts)
         artifact.write_json(record, result)
     return result
 
@@ -224,17 +150,43 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("run", nargs="?", help="a run folder; left out: the newest run")
     parser.add_argument("--out", type=Path, help="folder to write (default: RUN/merged)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the base's)")
-    parser.add_argument("--json", action="store_true", help="print merge.json to stdout")
+    parser.add_argument(
+        "--base",
+        choices=TARGETS,
+        help="of a quantised run (default: dequantized, the weights it was trained on)",
+    )
+    parser.add_argument("--plan", action="store_true", help="plan and check, write nothing")
+    parser.add_argument("--json", action="store_true", help="print merge.json (or the plan)")
     args = parser.parse_args(list(argv))
     run = find_run(args.run, need="adapter")
-    result = merge(run, args.out, args.dtype)
-    proof = result["proof"]
-    print(
-        f"merged   {args.out or run.merged}: {result['matrices']} matrices, {result['dtype']}; "
-        f"logits differ by {proof['max_logit_difference']:.1e} at most, KL {proof['kl']:.1e}, "
-        f"same greedy text on {proof['same_text']} of {proof['prompts']} prompts",
-        file=sys.stderr,
-    )
+    if args.plan:
+        return _show_plan(run, args)
+    result = merge(run, args.out, args.dtype, args.base)
+    _say(f"merged   {args.out or run.merged}: {_sentence(result)}")
     if args.json:
         print(json.dumps(result, indent=2))
     return 0
+
+
+def _show_plan(run: RunFolder, args: argparse.Namespace) -> int:
+    plan = plan_merge(run, args.dtype, args.base)
+    _say("\n".join(plan.lines()))
+    check(plan, args.out or run.merged)
+    if args.json:
+        print(json.dumps(plan.as_json(), indent=2))
+    return 0
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    proof = result["proof"]
+    text = (
+        f"same greedy text on {proof['same_text']} of {proof['prompts']} prompts"
+        if proof["prompts"]
+        else f"same next token at {proof['same_next_token']} of {proof['tokens']} places"
+    )
+    differ = f"logits differ by {proof['max_logit_difference']:.1e} at most, KL {proof['kl']:.1e}"
+    return f"{result['matrices']} matrices, {result['dtype']}; {differ}, {text}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

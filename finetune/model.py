@@ -68,9 +68,13 @@ class Base:
     chat_format: ChatFormat | None
     revision: str | None = None
 
-    def fingerprint(self) -> str:
-        """One hash over weights and shape: the same base has the same, another another."""
-        files = fingerprint_of_files(weight_files(self.folder))
+    def fingerprint(self, files: dict[str, str] | None = None) -> str:
+        """One hash over weights and shape: the same base has the same, another another.
+
+        Args:
+            files: sha256 of the weight files by name, where they are known already.
+        """
+        files = files or fingerprint_of_files(weight_files(self.folder))
         return artifact.sha256_of_json({"files": files, "architecture": asdict(self.architecture)})
 
     def identity(self, fingerprint: str | None = None) -> BaseIdentity:

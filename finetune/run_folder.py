@@ -148,7 +148,7 @@ def locked(run: RunFolder) -> Iterator[None]:
     """Holds the run folder for this process; a lock ends with its process, however that dies.
 
     Raises:
-        InputError: another process trains in it.
+        InputError: another process trains or merges in it.
     """
     with (run.path / "lock").open("a+", encoding="utf-8") as file:
         try:
@@ -156,7 +156,7 @@ def locked(run: RunFolder) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "unknown"
-            raise InputError(f"{run.path}: another process ({owner}) is training in it") from None
+            raise InputError(f"{run.path}: another process ({owner}) is at work in it") from None
         file.seek(0)
         file.truncate()
         file.write(f"pid {os.getpid()}")

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import InputError
 
@@ -74,8 +74,37 @@ def write_file(path: Path, plan: Sequence[Planned], make: Callable[[str], torch.
         plan: its tensors, in order.
         make: name -> the tensor, of the planned type and shape.
     """
+    with path.open("wb") as file:
+        for content in file_content(plan, lambda name: [make(name)]):
+            file.write(content)
+
+
+def file_content(
+    plan: Sequence[Planned], make: Callable[[str], Iterable[torch.Tensor]]
+) -> Iterator[Any]:
+    """The bytes of a file, piece by piece: the header, then every tensor.
+
+    Args:
+        plan: its tensors, in order.
+        make: name -> the tensor of the planned type and shape, whole or in pieces by rows.
+
+    Yields:
+        what gives its memory as bytes.
+    """
     import torch
 
+    yield _header(plan)
+    for planned in plan:
+        num_bytes = 0
+        for piece in make(planned.name):
+            assert tuple(piece.shape[1:]) == planned.shape[1:], planned
+            assert dtype_name(piece.dtype) == planned.dtype, planned
+            num_bytes += piece.nbytes
+            yield piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        assert num_bytes == planned.num_bytes, planned
+
+
+def _header(plan: Sequence[Planned]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for planned in plan:
@@ -88,13 +117,7 @@ def write_file(path: Path, plan: Sequence[Planned], make: Callable[[str], torch.
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for planned in plan:
-            tensor = make(planned.name)
-            assert tuple(tensor.shape) == planned.shape, planned
-            assert dtype_name(tensor.dtype) == planned.dtype, planned
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return struct.pack("<Q", len(text)) + text
 
 
 def write_model(

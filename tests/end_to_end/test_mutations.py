@@ -45,9 +45,9 @@ MUTATIONS = {
         "tests/fast/test_attention.py",
     ),
     "merge scaled by another factor": (
-        "finetune/merge.py",
-        "return weight.float() + self.scale *",
-        "return weight.float() + 1.01 * self.scale *",
+        "finetune/merging/update.py",
+        "addmm_(self.b, self.a, alpha=self.scale)",
+        "addmm_(self.b, self.a, alpha=1.01 * self.scale)",
         "tests/test_merge.py",
     ),
     "loss divided by micro-batches": (

@@ -21,7 +21,7 @@ from source_files import (
 LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
-    " pages llama.presets ngrams mojibake",
+    " pages llama.presets ngrams mojibake hashing",
     "config overlap cache",
     "methods identity starts layer_merge",
     "llama adapters fast run_folder ledger suspicion hub",
@@ -32,8 +32,8 @@ LINES = (
     "preparation",
     "data_cache",
     "data model plan packing",
-    "batching tokens excerpts",
-    "summary",
+    "batching tokens excerpts skeleton",
+    "summary merging proof_layers proof_weights",
     "checkpoint heldout preview inspection",
     "trainer inference",
     "recipes monitor scoring proof",

@@ -1,0 +1,1 @@
+"""A merge in parts: the update of one tensor, the plan, its checks, the writing."""

@@ -1,0 +1,168 @@
+"""What an adapter does to one matrix: the one object that knows a method's arithmetic.
+
+Low-rank updates are added here; every other method PEFT can merge goes through
+`adapters.merged_weight`, PEFT's own arithmetic on that one layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import PeftConfig
+from peft.utils.other import get_pattern_key
+
+from finetune import adapters, artifact
+from finetune.adapters import ADAPTER_FILES
+from finetune.errors import CheckFailed
+from finetune.llama.safetensors_pieces import Stored, stored_tensors
+
+PREFIX = "base_model.model."
+_LOW_RANK = {"lora_A.weight", "lora_B.weight"}
+_MergedWeight = Callable[[PeftConfig, Mapping[str, torch.Tensor], str, torch.Tensor], torch.Tensor]
+
+
+class Update(Protocol):
+    """The change of one matrix."""
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """Names of the adapter's tensors it is made of."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """(out, in) of the matrix it fits, or None where only applying it tells."""
+        ...
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """The merged matrix in float32; `weight` is (out, in), of any type."""
+        ...
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """W + s·B·A with A (r, in), B (out, r). Source: Hu et al. 2021, arXiv:2106.09685.
+
+    A and B stay in the file until they are asked for: memory does not grow with the model.
+    """
+
+    stored_a: Stored
+    stored_b: Stored
+    scale: float
+
+    @property
+    def a(self) -> torch.Tensor:
+        """(r, in), float32."""
+        return self.stored_a.read().float()
+
+    @property
+    def b(self) -> torch.Tensor:
+        """(out, r), float32."""
+        return self.stored_b.read().float()
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """Names of A and B in the adapter."""
+        return (self.stored_a.name, self.stored_b.name)
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Of B·A."""
+        return (self.stored_b.shape[0], self.stored_a.shape[1])
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """W + s·B·A in one float32 buffer."""
+        return weight.to(torch.float32, copy=True).addmm_(self.b, self.a, alpha=self.scale)
+
+
+@dataclass(frozen=True)
+class ByPeft:
+    """Any method that PEFT merges, on one layer at a time.
+
+    Attributes:
+        config: the adapter's settings.
+        stored: its tensors of this layer, by their name in the adapter.
+        module: the layer's name in the base.
+        merge: `adapters.merged_weight`.
+    """
+
+    config: PeftConfig
+    stored: Mapping[str, Stored]
+    module: str
+    merge: _MergedWeight
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """Names of the tensors."""
+        return tuple(self.stored)
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """PEFT's merged matrix, float32."""
+        tensors = {name: stored.read() for name, stored in self.stored.items()}
+        return self.merge(self.config, tensors, self.module, weight.float()).float()
+
+
+def read_updates(folder: Path) -> dict[str, Update]:
+    """The update of every matrix a PEFT folder changes, by the base's tensor name.
+
+    Raises:
+        CheckFailed: an A without its B, a key that is neither, or a method that is not merged.
+    """
+    settings = artifact.read_json(folder / ADAPTER_FILES[0])
+    by_module: dict[str, dict[str, Stored]] = {}
+    for stored in stored_tensors(folder / ADAPTER_FILES[1]):
+        module, part = _split(stored.name)
+        by_module.setdefault(module, {})[part] = stored
+    if not _is_low_rank(settings):
+        return _by_peft(folder, settings, by_module)
+    broken = [module for module, parts in by_module.items() if set(parts) != _LOW_RANK]
+    if broken or not by_module:
+        named = ", ".join(broken[:8]) or "empty"
+        raise CheckFailed(f"{folder}: not pairs of lora_A and lora_B: {named}")
+    return {
+        f"{module}.weight": LowRank(
+            parts["lora_A.weight"], parts["lora_B.weight"], scale_of(settings, module, parts)
+        )
+        for module, parts in sorted(by_module.items())
+    }
+
+
+def _split(key: str) -> tuple[str, str]:
+    """`base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`: the module, `lora_A.weight`."""
+    names = key.removeprefix(PREFIX).split(".")
+    depth = next((n for n, name in enumerate(names) if name.endswith("_proj")), len(names) - 3)
+    return ".".join(names[: depth + 1]), ".".join(names[depth + 1 :])
+
+
+def _is_low_rank(settings: Mapping[str, Any]) -> bool:
+    variants = ("use_dora", "lora_bias", "use_qalora", "fan_in_fan_out", "alora_invocation_tokens")
+    return settings.get("peft_type") == "LORA" and not any(settings.get(v) for v in variants)
+
+
+def scale_of(settings: Mapping[str, Any], module: str, parts: Mapping[str, Stored]) -> float:
+    """lora_alpha / r, or / sqrt(r) for rsLoRA; r is A's own, alpha may be the module's own."""
+    rank = parts["lora_A.weight"].shape[0]
+    pattern: Mapping[str, float] = settings.get("alpha_pattern") or {}
+    alpha = pattern.get(get_pattern_key(list(pattern), module), settings["lora_alpha"])
+    return float(alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
+
+
+def _by_peft(
+    folder: Path, settings: Mapping[str, Any], by_module: Mapping[str, Mapping[str, Stored]]
+) -> dict[str, Update]:
+    merge: _MergedWeight | None = getattr(adapters, "merged_weight", None)
+    if merge is None:
+        raise CheckFailed(f"{folder}: {settings.get('peft_type')} as it is set is not merged yet")
+    config = PeftConfig.from_pretrained(str(folder))
+    return {
+        f"{module}.weight": ByPeft(
+            config, {stored.name: stored for stored in parts.values()}, module, merge
+        )
+        for module, parts in sorted(by_module.items())
+    }

@@ -1,0 +1,157 @@
+"""The proof's layer-by-layer figures against whole models, and merges that it has to refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import pytest
+import tolerances
+import torch
+from peft import PeftModel
+from small_runs import Bench, write_base
+from transformers import AutoModelForCausalLM
+
+from finetune import merge as merging
+from finetune.__main__ import main
+from finetune.adapters import fingerprint_of_files
+from finetune.merge import merge
+from finetune.merging.update import LowRank
+from finetune.proof import _proof_documents
+from finetune.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, small_base) -> RunFolder:
+    return Bench(tmp_path_factory.mktemp("run"), small_base).train()
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> RunFolder:
+    return RunFolder(shutil.copytree(trained.path, tmp_path / "copy"))
+
+
+def whole_logits(model, documents):
+    with torch.no_grad():
+        rows = [torch.tensor([document.input_ids]) for document in documents]
+        return [model(input_ids=ids, use_cache=False).logits[0].double() for ids in rows]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer_by_layer_gives_the_figures_of_whole_models(run, small_base, dtype):
+    from finetune.model import find_base
+
+    proof = merge(run, dtype=dtype)["proof"]
+    documents = _proof_documents(run, find_base(run.config(), run.path))
+    base = AutoModelForCausalLM.from_pretrained(small_base)
+    attached = whole_logits(PeftModel.from_pretrained(base, run.adapter).eval(), documents)
+    merged = whole_logits(AutoModelForCausalLM.from_pretrained(run.merged).eval(), documents)
+    pairs = list(zip(attached, merged, strict=True))
+    p, q = (torch.cat(side).log_softmax(-1) for side in (attached, merged))
+    count = sum(map(len, attached))
+    spread = sum(float(a.std()) * len(a) for a in attached) / count
+    expected = {
+        "max_logit_difference": float(max((a - b).abs().max() for a, b in pairs)),
+        "mean_logit_difference": float((torch.cat(attached) - torch.cat(merged)).abs().mean()),
+        "kl": float((p.exp() * (p - q)).sum() / count),
+    }
+    expected["relative_logit_difference"] = expected["max_logit_difference"] / spread
+    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs)
+    assert proof["tokens"] == count
+    if dtype == "float32":  # the differences are rounding, and so are the differences of these
+        assert proof["same_next_token"] == same == count
+        assert expected["max_logit_difference"] <= tolerances.MERGED_LOGITS_FLOAT32
+        return
+    assert abs(proof["same_next_token"] - same) <= 2, "two nearly equal logits may swap"
+    for name, value in expected.items():
+        assert proof[name] == pytest.approx(value, rel=tolerances.LAYERWISE_PROOF), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+class TestRefused:
+    def refused(self, run, dtype, capsys):
+        assert main(["merge", str(run.path), "--dtype", dtype]) == 3
+        assert "the merge proof failed, nothing is published" in capsys.readouterr().err
+        assert not run.merged.exists()
+
+    def change_updates(self, monkeypatch, change):
+        right = merging.plan_merge
+
+        def planned(*arguments):
+            plan = right(*arguments)
+            updates = change(dict(plan.updates))
+            files = {
+                path: [dataclasses.replace(t, update=updates.get(t.stored.name)) for t in tensors]
+                for path, tensors in plan.files.items()
+            }
+            return dataclasses.replace(plan, files=files)
+
+        monkeypatch.setattr(merging, "plan_merge", planned)
+
+    def test_b_is_transposed(self, run, dtype, monkeypatch, capsys):
+        def apply(self, weight):
+            b = self.b.T.reshape(self.b.shape)
+            return weight.float().addmm(b, self.a, alpha=self.scale)
+
+        monkeypatch.setattr(LowRank, "apply", apply)
+        self.refused(run, dtype, capsys)
+
+    def test_a_module_is_skipped(self, run, dtype, monkeypatch, capsys):
+        def skip(updates):
+            del updates["model.layers.1.self_attn.k_proj.weight"]
+            return updates
+
+        self.change_updates(monkeypatch, skip)
+        self.refused(run, dtype, capsys)
+
+    def test_two_modules_are_swapped(self, run, dtype, monkeypatch, capsys):
+        names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
+
+        def swap(updates):
+            updates[names[0]], updates[names[1]] = updates[names[1]], updates[names[0]]
+            return updates
+
+        self.change_updates(monkeypatch, swap)
+        self.refused(run, dtype, capsys)
+
+    def test_another_base_of_the_same_shape(self, run, dtype, tmp_path, monkeypatch, capsys):
+        """Past the fingerprint, as if it did not exist."""
+        other = write_base(tmp_path / "other", seed=1)
+        right = merging.plan_merge
+
+        def planned(*arguments):
+            plan = right(*arguments)
+            base = dataclasses.replace(plan.base, folder=other)
+            files = merging.planned_files(base, plan.updates, plan.dtype)
+            return dataclasses.replace(plan, files=files)
+
+        monkeypatch.setattr(merging, "plan_merge", planned)
+        monkeypatch.setattr(merging, "check", lambda plan, _: fingerprint_of_files(plan.files))
+        self.refused(run, dtype, capsys)
+
+
+def test_above_its_budget_the_next_tokens_stand_for_greedy_text(run, monkeypatch, capsys):
+    from finetune import proof
+
+    monkeypatch.setattr(proof, "TEXT_BYTES", 1000)
+    assert main(["merge", str(run.path)]) == 0
+    assert "same next token at 265 of 265 places" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_both_bases_of_a_quantized_run_are_measured(bench, quantization, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
+    run = bench.train(f"base.quantization={quantization}")
+    full = merge(run, target="full")["proof"]["kl_from_trained"]
+    chosen = merge(run, tmp_path / "other")
+    found = chosen["proof"]["kl_from_trained"]
+    assert chosen["base_weights"] == "dequantized"
+    assert found["full"] == pytest.approx(full["full"], rel=0.05)
+    assert found["dequantized"] == pytest.approx(full["dequantized"], rel=0.05, abs=1e-9)
+    # int8 rounds activations as well, which no weights can hold.
+    assert found["dequantized"] < found["full"] / (10 if quantization == "nf4" else 1)
+
+
+def test_a_base_that_is_not_quantized_has_no_dequantized_weights(run, capsys):
+    assert main(["merge", str(run.path), "--base", "dequantized"]) == 2
+    assert "the run's base is not quantised" in capsys.readouterr().err
