@@ -34,7 +34,7 @@ LINES = (
     "summary",
     "checkpoint heldout preview inspection",
     "trainer inference",
-    "recipes monitor scoring proof",
+    "recipes monitor scoring proof exports",
     "stages",
     "train generate merge export report doctor verify train_tokenizer",
     "eval",
