@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,24 +17,21 @@ from finetune.llama.meta_checkpoint import PARAMS
 from finetune.llama.meta_layout import (
     BY_COLUMNS,
     BY_ROWS,
-    Weight,
     cut,
     hf_to_meta_rows,
     num_rotated_heads,
     weights_of,
 )
 from finetune.llama.pth_stream import pth_file
-from finetune.llama.safetensors_stream import DTYPES, Planned
+from finetune.llama.safetensors_stream import Planned
+from finetune.llama.stored_weights import StoredWeight, stored_weights
 from finetune.llama.tiktoken_file import looks_like_tiktoken
-from finetune.llama.weight_files import files_by_weight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ORIGINAL = "original"  # where the hub's Llama folders keep Meta's own files
 TOKENIZER = "tokenizer.model"
-_TABLES = "rotary_emb.inv_freq"  # old folders store RoPE's table; it follows from the config
-_DTYPES = {stored: ours for ours, stored in DTYPES.items()}
 
 
 def export_checkpoint(
@@ -45,6 +41,7 @@ def export_checkpoint(
     *,
     embedding_split: int | None = None,
     tokenizer: Path | None = None,
+    readme: str | None = None,
 ) -> None:
     """Converts a Hugging Face folder to Meta's layout: the inverse of `import_checkpoint`.
 
@@ -57,6 +54,7 @@ def export_checkpoint(
         embedding_split: how the embedding is cut; by default as the tokenizer's family does
             (`BY_COLUMNS` for SentencePiece, Llama 1 and 2; `BY_ROWS` for tiktoken, Llama 3).
         tokenizer: the original tokenizer file, where the folder does not hold it.
+        readme: a model card, written as README.md.
 
     Raises:
         InputError: not a Llama that Meta's layout can express, or not cut evenly so.
@@ -72,54 +70,19 @@ def export_checkpoint(
     if uneven:
         raise InputError(f"num_shards: {num_shards} does not cut {uneven[:3]} into equal parts")
     params = _params(hf_folder, arch)
-    stored = _stored_weights(hf_folder, arch, weights)
+    stored = stored_weights(hf_folder, arch, weights)
     with artifact.staged(out, {"kind": "export", "format": "meta"}) as folder:
         _write_shards(folder, arch, stored, num_shards)
         text = json.dumps(params, indent=2) + "\n"
         (folder / PARAMS).write_text(text, encoding="utf-8")
         shutil.copyfile(tokenizer_path, folder / TOKENIZER)
+        if readme is not None:
+            (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A weight and where it lies: a tied head under the embedding's name."""
-
-    weight: Weight
-    file: Path
-    name: str
-    dtype: str
-
-
-def _stored_weights(hf_folder: Path, arch: Architecture, weights: list[Weight]) -> list[_Stored]:
-    """Finds every weight and checks its shape by the headers of the files."""
-    files = files_by_weight(hf_folder)
-    if arch.tie_word_embeddings:
-        files["lm_head.weight"] = files.get("model.embed_tokens.weight", hf_folder)
-    missing = [weight.hf for weight in weights if weight.hf not in files]
-    known = {weight.hf for weight in weights}
-    foreign = [name for name in files if name not in known and not name.endswith(_TABLES)]
-    if missing or foreign:
-        found = [f"{hf_folder}: {name} missing" for name in missing[:8]]
-        raise InputError(found + [f"{hf_folder}: {n} is no weight of a Llama" for n in foreign[:8]])
-    return [_stored(files[weight.hf], arch, weight) for weight in weights]
-
-
-def _stored(file: Path, arch: Architecture, weight: Weight) -> _Stored:
-    from safetensors import safe_open
-
-    tied = arch.tie_word_embeddings and weight.hf == "lm_head.weight"
-    name = "model.embed_tokens.weight" if tied else weight.hf
-    with safe_open(file, "pt") as opened:
-        header = opened.get_slice(name)
-        shape, dtype = tuple(header.get_shape()), header.get_dtype()
-    if shape != weight.shape:
-        raise InputError(f"{file}: {weight.hf} is {shape}, config.json makes it {weight.shape}")
-    if dtype not in _DTYPES:
-        raise InputError(f"{file}: {weight.hf} is {dtype}; known: {', '.join(_DTYPES)}")
-    return _Stored(weight, file, name, _DTYPES[dtype])
-
-
-def _write_shards(folder: Path, arch: Architecture, stored: list[_Stored], num_shards: int) -> None:
+def _write_shards(
+    folder: Path, arch: Architecture, stored: list[StoredWeight], num_shards: int
+) -> None:
     """Writes all shards at once, so that every weight is read once and memory holds one."""
     plan = [Planned(s.weight.meta, s.dtype, s.weight.shard_shape(num_shards)) for s in stored]
     with contextlib.ExitStack() as stack:
@@ -133,11 +96,8 @@ def _write_shards(folder: Path, arch: Architecture, stored: list[_Stored], num_s
                 append(cut(one.weight, whole, num_shards, shard))
 
 
-def _in_metas_order(arch: Architecture, stored: _Stored) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(stored.file, "pt") as file:
-        whole: Tensor = file.get_tensor(stored.name)
+def _in_metas_order(arch: Architecture, stored: StoredWeight) -> Tensor:
+    whole = stored.read()
     if stored.weight.rotated:
         whole = hf_to_meta_rows(whole, num_rotated_heads(stored.weight, arch))
     return whole

@@ -48,7 +48,7 @@ def read_sentencepiece(path: Path) -> TokenizerParts:
     Raises:
         InputError: the file is damaged, or of a kind that no Llama uses.
     """
-    model = _parse(path)
+    model = parse_sentencepiece(path)
     _refuse_other_kinds(path, model)
     pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
     symbols = [text for text, _, kind in pieces if kind == _USER_DEFINED]
@@ -78,11 +78,16 @@ def read_sentencepiece(path: Path) -> TokenizerParts:
     )
     plain = [text.replace(_SPACE, " ") for text in mergeable]
     after_symbol = [symbols[0] + text for text in plain] if symbols else []
-    encode = _encoder(model.SerializeToString())
+    encode = sentencepiece_encoder(model.SerializeToString())
     return TokenizerParts(tokenizer, *_roles(model, unk), encode, (*plain, *after_symbol))
 
 
-def _parse(path: Path) -> Any:
+def parse_sentencepiece(path: Path) -> Any:
+    """The parsed file.
+
+    Raises:
+        InputError: it is damaged or cut off.
+    """
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from sentencepiece import sentencepiece_model_pb2
 
@@ -163,7 +168,9 @@ def _roles(model: Any, unk: str) -> tuple[str | None, str | None, str, str | Non
     return bos, eos, unk, pad
 
 
-def _encoder(proto: bytes) -> Callable[[Sequence[str]], list[list[int]]]:
+def sentencepiece_encoder(proto: bytes) -> Callable[[Sequence[str]], list[list[int]]]:
+    """Texts -> ids, without BOS, by SentencePiece itself."""
+
     def encode(texts: Sequence[str]) -> list[list[int]]:
         import sentencepiece
 

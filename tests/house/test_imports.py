@@ -36,7 +36,7 @@ LINES = (
     "summary merging proof_layers proof_weights",
     "checkpoint heldout preview inspection",
     "trainer inference",
-    "recipes monitor scoring proof",
+    "recipes monitor scoring proof exports",
     "stages",
     "train generate merge export report doctor verify train_tokenizer",
     "eval",
