@@ -90,7 +90,7 @@ def test_what_cannot_be_exported_is_refused(small_base, meta_base, tmp_path, cap
     assert main([*argv, "--out", str(other)]) == 0
     assert "is not the tokenizer of" in refused(small_base, "--tokenizer", str(other))
     as_json = ["--tokenizer", str(small_base / "tokenizer.json")]
-    assert "needs the original tokenizer.model" in refused(small_base, *as_json)
+    assert "holds no tokenizer.model" in refused(small_base, *as_json)
     nano = ["--tokenizer", str(NANO / "tokenizer.model")]
     assert "num_shards: 3" in refused(small_base, "--shards", "3", *nano)
     assert "num_shards: 0" in refused(small_base, "--shards", "0", *nano)
