@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import NANO
+from small_runs import NANO
 
 from finetune import hub
 from finetune.config.loader import load
