@@ -83,12 +83,11 @@ def merge(
     Raises:
         CheckFailed: a check or the proof failed; nothing is published.
     """
-    folder = out or run.merged
+    folder, plan = out or run.merged, plan_merge(run, dtype, target)
+    if folder.exists():
+        return _already_merged(run, plan, folder, _facts(plan))
     with locked(run):
         _sweep(folder)
-        plan = plan_merge(run, dtype, target)
-        if folder.exists():
-            return _already_merged(run, plan, folder, _facts(plan))
         return _merge(run, plan, folder)
 
 
@@ -138,9 +137,10 @@ def _already_merged(
     result: dict[str, Any] = artifact.read_json(record) if record.exists() else {}
     if any(result.get(key) != value for key, value in facts.items()):
         # Of another merge beside this one, or lost with the process that merged: proven again.
-        check(plan, folder)
-        result = _proven(run, plan, folder, facts)
-        artifact.write_json(record, result)
+        with locked(run):
+            check(plan, folder)
+            result = _proven(run, plan, folder, facts)
+            artifact.write_json(record, result)
     return result
 
 
