@@ -91,7 +91,7 @@ def test_no_hint_where_nothing_is_near(tmp_path):
         (
             "data.train=[a.jsonl, {path: b.jsonl, format: xml}]",
             "'xml'",
-            "auto, alpaca, sharegpt, messages",
+            "auto, alpaca, messages",
         ),
         ("data.heldout_fraction=1.5", "1.5", "a number > 0 and < 1"),
         ("data.max_length=inf", "'inf'", "a whole number"),
