@@ -295,7 +295,7 @@ class TestWhatIsRefused:
         command = [sys.executable, "-c", code, str(run.path / "lock")]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
             assert holder.stdout.readline() == b"locked\n"
-            with pytest.raises(InputError, match=r"another process \(pid 12345\) is training"):
+            with pytest.raises(InputError, match=r"another process \(pid 12345\) is at work"):
                 train(bench.load())
             assert run.state()["state"] == "running", "the other's state is not touched"
             holder.kill()
@@ -304,7 +304,7 @@ class TestWhatIsRefused:
     def test_two_locks_in_one_process(self, bench):
         run = bench.run_folder()
         run.path.mkdir(parents=True)
-        with locked(run), pytest.raises(InputError, match="is training"), locked(run):
+        with locked(run), pytest.raises(InputError, match="is at work"), locked(run):
             pass
         with locked(run):
             pass
