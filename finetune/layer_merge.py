@@ -24,8 +24,7 @@ def merged_weight(
 
     Args:
         config: PEFT's settings of the adapter, as `PeftConfig.from_pretrained(folder)` reads them.
-        tensors: the adapter file's tensors whose names contain `module`; those that belong to no
-            layer (`shared_tensors`) may be among them.
+        tensors: the adapter file's tensors whose names contain `module`.
         module: the layer's name in the base, `model.layers.0.self_attn.q_proj`.
         weight: the base's, (out, in); it is not changed.
 
