@@ -6,7 +6,8 @@ Every part runs in a process of its own with an empty cache. Timed is what lies 
 rows and documents ready to train: reading, rendering, tokenising, masks, and what each writes to
 its cache; imports and the tokenizer (with the choice of its encoder, made once for each) are loaded
 before the clock starts. Ours also looks for duplicates and suspicious rows, which TRL does not. Ids
-and labels of all rows are compared by their hash.
+and labels of all rows are compared by their hash. Memory is the sum over a contender's processes of
+what belongs to each (Pss: shared pages count once), above what it was when the clock started.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -68,17 +70,52 @@ def digest(rows: Iterable[tuple[list[int], list[int]]]) -> str:
     return total.hexdigest()
 
 
-def resident_mib(key: str) -> float:
-    """VmRSS or VmHWM of this process."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) / 1024
-    raise AssertionError(key)
+def memory_mib() -> float:
+    """Pss of this process and its children."""
+    me = os.getpid()
+    children = Path(f"/proc/{me}/task/{me}/children").read_text(encoding="ascii").split()
+    total = 0
+    for pid in [str(me), *children]:
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+        except (FileNotFoundError, ProcessLookupError):  # a child that has just ended
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
+
+
+class PeakMemory(threading.Thread):
+    """Looks at `memory_mib` five times a second; used as a context."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._before = memory_mib()
+        self._peak = self._before
+        self._done = threading.Event()
+
+    @property
+    def mib(self) -> float:
+        """The largest found, above the start."""
+        return self._peak - self._before
+
+    def run(self) -> None:
+        """Until the context ends."""
+        while not self._done.wait(0.2):
+            self._peak = max(self._peak, memory_mib())
+
+    def __enter__(self) -> PeakMemory:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._peak = max(self._peak, memory_mib())
+        self._done.set()
+        self.join()
 
 
 def run_ours(folder: Path) -> dict[str, Any]:
     """`load_data` and the packs of a run, as `train` makes them."""
-    import finetune.recipes.assembly as assembly
+    from finetune.batching import plan_batches
     from finetune.config.loader import load
     from finetune.data import load_data
     from finetune.llama.chat import FORMATS
@@ -92,14 +129,15 @@ def run_ours(folder: Path) -> dict[str, Any]:
     config = load(config_file).config
     tokenizer = load_tokenizer(folder / "tokenizer")
     encode_text(tokenizer, "")  # the choice of an encoder, made once for each tokenizer
-    before, start = resident_mib("VmRSS"), time.perf_counter()
-    data = load_data(config, tokenizer, FORMATS["llama3"])
-    plan = assembly.plan_batches(config, data, 1)
-    seconds, peak = time.perf_counter() - start, resident_mib("VmHWM") - before
+    with PeakMemory() as peak:
+        start = time.perf_counter()
+        data = load_data(config, tokenizer, FORMATS["llama3"])
+        plan = plan_batches(config, data, 1)
+        seconds = time.perf_counter() - start
     assert sum(map(len, plan.packs)) == len(data.train)
     return {
         "seconds": seconds,
-        "peak_mib": peak,
+        "peak_mib": peak.mib,
         "rows": len(data.train),
         "sha256": digest(_labelled(data.train)),
     }
@@ -134,17 +172,18 @@ def run_trl(folder: Path, num_processes: int | None) -> dict[str, Any]:
         assistant_only_loss=True,
         dataset_num_proc=num_processes,
     )
-    before, start = resident_mib("VmRSS"), time.perf_counter()
-    rows = datasets.load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
-    trainer = SFTTrainer(
-        model=model, args=arguments, train_dataset=rows, processing_class=tokenizer
-    )
-    prepared = trainer.train_dataset
-    seconds, peak = time.perf_counter() - start, resident_mib("VmHWM") - before
+    with PeakMemory() as peak:
+        start = time.perf_counter()
+        rows = datasets.load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
+        trainer = SFTTrainer(
+            model=model, args=arguments, train_dataset=rows, processing_class=tokenizer
+        )
+        prepared = trainer.train_dataset
+        seconds = time.perf_counter() - start
     pairs = ((row["input_ids"], row["labels"]) for row in prepared)
     return {
         "seconds": seconds,
-        "peak_mib": peak,
+        "peak_mib": peak.mib,
         "rows": len(prepared),
         "sha256": digest(pairs),
     }

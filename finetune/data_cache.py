@@ -31,7 +31,7 @@ from finetune.rendering import Renderer
 _FILES = {"ledgers.json", "overlap.json", *(f"{side}/{name}" for side in SIDES for name in FILES)}
 _CODE = (
     *("files/*.py", "shapes/*.py", "llama/*.py", "preparation.py", "prepared.py", "rendering.py"),
-    *("overlap.py", "ngrams.py", "suspicion.py", "mojibake.py", "ledger.py"),
+    *("row_work.py", "overlap.py", "ngrams.py", "suspicion.py", "mojibake.py", "ledger.py"),
 )
 # What of `data:` has no influence on the documents.
 _LATER = {"packing", "on_overlap", "train", "heldout"}

@@ -68,6 +68,19 @@ class RowText:
         """`fold` of the answer."""
         return fold(self.answer)
 
+    def digests(self) -> TextDigests:
+        """What equal rows have in common."""
+        return TextDigests(
+            digest(self.prompt, self.answer), digest(self.folded_prompt, self.folded_answer)
+        )
+
+
+class TextDigests(NamedTuple):
+    """Hashes of a row's texts: as they are, and after `fold`."""
+
+    exact: bytes
+    folded: bytes
+
 
 @dataclass(frozen=True)
 class DuplicateGroup:
@@ -112,7 +125,7 @@ def duplicates(rows: Iterable[RowText]) -> list[DuplicateGroup]:
     """Exact and folded duplicates inside one side, in the order of their first rows."""
     finder = DuplicateFinder()
     for row in rows:
-        finder.add(row)
+        finder.add(row.where, row.digests())
     return finder.groups()
 
 
@@ -125,17 +138,16 @@ class DuplicateFinder:
         self._places: list[str] = []
         self._others: dict[tuple[int, str], list[str]] = {}
 
-    def add(self, row: RowText) -> None:
+    def add(self, where: str, digests: TextDigests) -> None:
         """Looks the row up among those before it."""
         index = len(self._places)
-        self._places.append(row.where)
-        first_exact = self._exact.setdefault(digest(row.prompt, row.answer), index)
-        folded = digest(row.folded_prompt, row.folded_answer)
-        first_folded = self._folded.setdefault(folded, index)
+        self._places.append(where)
+        first_exact = self._exact.setdefault(digests.exact, index)
+        first_folded = self._folded.setdefault(digests.folded, index)
         if first_exact != index:
-            self._others.setdefault((first_exact, EXACT), []).append(row.where)
+            self._others.setdefault((first_exact, EXACT), []).append(where)
         elif first_folded != index:
-            self._others.setdefault((first_folded, FOLDED), []).append(row.where)
+            self._others.setdefault((first_folded, FOLDED), []).append(where)
 
     def groups(self) -> list[DuplicateGroup]:
         """The groups so far, in the order of their first rows."""

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -25,15 +21,16 @@ from finetune.artifact import sha256_of_json
 from finetune.cache import cache_root, remembered_sha256
 from finetune.config import RunConfig
 from finetune.config.data import Source
+from finetune.copies import Copies, heap_at_rest, num_copies
 from finetune.errors import InputError
 from finetune.files import find_files
 from finetune.files.findings import Findings
 from finetune.ledger import Ledger
-from finetune.overlap import DuplicateFinder, RowText, overlap
+from finetune.overlap import DuplicateFinder, overlap
 from finetune.prepared import DocumentWriter, PreparedDocuments
 from finetune.rendering import Outcome, Renderer
+from finetune.row_work import RowResult, RowWork, row_text
 from finetune.shapes import Example, read_examples
-from finetune.suspicion import CHECKS
 
 BLOCK = 1000  # rows that are rendered together
 BLOCK_CHARACTERS = 1 << 20  # or so many of their texts; each takes some 90 bytes on the way to ids
@@ -117,13 +114,14 @@ class Preparation:
         Raises:
             InputError: rows that cannot be read or rendered; all of them, up to 20 a file.
         """
-        with contextlib.ExitStack() as stack:
+        with heap_at_rest(), contextlib.ExitStack() as stack:
             self._writers = {
                 side: stack.enter_context(DocumentWriter(self._stage / side, self._vocab_size))
                 for side in SIDES
             }
             self._progress = stack.enter_context(_progress())
             self._task = self._progress.add_task("data", total=None)
+            self._copies = stack.enter_context(Copies(RowWork(self._renderer), num_copies()))
             for file in files:
                 self._read(file)
             self._findings.refuse()
@@ -146,9 +144,9 @@ class Preparation:
             self._refuse_other_kind(file, shape)
             if file.number:
                 examples = (dataclasses.replace(e, source=file.number) for e in examples)
-            for block, outcomes in self._rendered(examples):
+            for block, results in self._copies.map(_blocks(examples, self._findings)):
                 num_rows += len(block)
-                self._take(file, block, outcomes)
+                self._take(file, block, results)
                 self._progress.advance(self._task, len(block))
         except InputError as error:
             self._findings.absorb(error)
@@ -162,30 +160,18 @@ class Preparation:
             wanted = "plain text (a text column)" if recipe == "pretrain" else "conversations"
             raise InputError(f"{file.path}: holds {shape}; recipe {recipe} trains on {wanted}")
 
-    def _rendered(
-        self, examples: Iterable[Example]
-    ) -> Iterator[tuple[list[Example], list[Outcome]]]:
-        """Blocks of examples with their outcomes, in order; one block is read ahead, since
-        tokenising leaves the interpreter to other threads."""
-        with ThreadPoolExecutor(1) as pool:
-            waiting: deque[tuple[list[Example], Future[list[Outcome]]]] = deque()
-            for block in _blocks(examples, self._findings):
-                waiting.append((block, pool.submit(self._renderer, block)))
-                if len(waiting) > 2:
-                    ready, future = waiting.popleft()
-                    yield ready, future.result()
-            for ready, future in waiting:
-                yield ready, future.result()
-
     def _take(
-        self, file: SourceFile, block: Sequence[Example], outcomes: Sequence[Outcome]
+        self, file: SourceFile, block: Sequence[Example], results: Sequence[RowResult]
     ) -> None:
-        for example, outcome in zip(block, outcomes, strict=True):
+        for example, result in zip(block, results, strict=True):
             side = self._side_of(file, example)
-            self._count(side, example, outcome)
-            if outcome.refused:
-                self._findings.add(outcome.refused)
-            self._writers[side].add(outcome.documents)
+            self._count(side, example, result.outcome)
+            self._duplicates[side].add(example.where, result.digests)
+            for name in result.suspicions:
+                self._ledgers[side].suspect(name, example.where)
+            if result.outcome.refused:
+                self._findings.add(result.outcome.refused)
+            self._writers[side].add(result.outcome.documents)
 
     def _side_of(self, file: SourceFile, example: Example) -> str:
         """By a hash of the conversation, so that a row never changes sides between runs."""
@@ -205,11 +191,6 @@ class Preparation:
             if outcome.num_turns_lost:
                 ledger.shorten(example.where, outcome.num_turns_lost, outcome.num_tokens_lost)
             ledger.num_rows_split += outcome.is_split
-        text = row_text(example)
-        self._duplicates[side].add(text)
-        for check in CHECKS:
-            if check.holds(text):
-                ledger.suspect(check.name, example.where)
 
     def _compare_sides(self) -> None:
         """Held-out rows that the training side has too."""
@@ -220,24 +201,6 @@ class Preparation:
             trained = (row_text(example) for example in train.examples())
             found = [asdict(finding) for finding in overlap(trained, held)]
         artifact.write_json(self._stage / "overlap.json", found)
-
-
-def row_text(example: Example) -> RowText:
-    """The texts of an example as the data checks compare them."""
-    if not example.messages:
-        return RowText(example.where, "", example.text)
-    texts: dict[bool, list[str]] = {True: [], False: []}
-    for message in example.messages:
-        texts[message["role"] == "assistant"].append(_text_of(message))
-    prompt, answer = ("\n\n".join(filter(None, texts[side])) for side in (False, True))
-    return RowText(example.where, prompt, answer)
-
-
-def _text_of(message: dict[str, Any]) -> str:
-    content = message.get("content")
-    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-    calls = message.get("tool_calls")
-    return f"{text or ''}{json.dumps(calls, ensure_ascii=False)}" if calls else text
 
 
 def _blocks(examples: Iterable[Example], findings: Findings) -> Iterator[list[Example]]:

@@ -21,7 +21,7 @@ from source_files import (
 LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
-    " pages llama.presets ngrams mojibake hashing",
+    " pages llama.presets ngrams mojibake hashing copies",
     "config overlap cache",
     "methods identity starts layer_merge",
     "llama adapters fast run_folder ledger suspicion hub",
@@ -29,6 +29,7 @@ LINES = (
     "shapes",
     "prepared",
     "rendering mixture",
+    "row_work",
     "preparation",
     "data_cache",
     "data model plan packing",
