@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from transformers import LlamaForCausalLM
 
+from finetune import rank_schedule
 from finetune.artifact import sha256_of
 from finetune.config.adapter import CHANGES_BASE, AdapterSection
 from finetune.errors import CheckFailed, InputError
@@ -111,7 +112,9 @@ def report_parameters(
             short = name.rsplit(".", 1)[-1]
             matched[short] = matched.get(short, 0) + 1
     trained = [p for p in model.parameters() if p.requires_grad]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
+    frozen = [
+        p for n, p in model.named_parameters() if not p.requires_grad and ".ranknum." not in n
+    ]  # AdaLoRA's ranknum is a number in the clothes of a parameter
     num_trainable = sum(p.numel() for p in trained)
     types = {
         "base": _dtype_names(frozen),
@@ -151,6 +154,8 @@ def save_adapter(model: PeftModel, folder: Path, start: Path | None = None) -> N
     if changes_base(model.peft_config["default"]):
         assert start is not None, "what was taken from the base is needed to put it back"
         save_as_plain_lora(model, start, folder)
+    elif rank_schedule.is_adalora(model.peft_config["default"]):
+        rank_schedule.save_as_plain_lora(model, folder)
     else:
         model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)

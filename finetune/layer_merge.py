@@ -16,6 +16,9 @@ from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft
 
 from finetune.errors import CheckFailed
 
+SHARED = ("base_model.vera_A", "base_model.vera_B")
+"""Tensors that every layer takes its part of: the first rows and columns, as many as it has."""
+
 
 def merged_weight(
     config: PeftConfig, tensors: Mapping[str, torch.Tensor], module: str, weight: torch.Tensor
@@ -24,9 +27,10 @@ def merged_weight(
 
     Args:
         config: PEFT's settings of the adapter, as `PeftConfig.from_pretrained(folder)` reads them.
-        tensors: the adapter file's tensors whose names contain `module`.
+        tensors: the adapter file's tensors whose names contain `module`, and those of SHARED.
         module: the layer's name in the base, `model.layers.0.self_attn.q_proj`.
-        weight: the base's, (out, in); it is not changed.
+        weight: the base's: (out, in) of a linear layer, (ids, dim) of the embedding, (dim,) of a
+            norm; it is not changed.
 
     Raises:
         CheckFailed: tensors are missing, left over or of another shape; or numbers not finite.
@@ -43,15 +47,15 @@ def merged_weight(
 
 
 def tensors_of(tensors: Mapping[str, torch.Tensor], module: str) -> dict[str, torch.Tensor]:
-    """The adapter's tensors that `merged_weight` needs for a layer."""
-    return {name: t for name, t in tensors.items() if f".{module}." in name}
+    """The adapter's tensors that `merged_weight` needs for a layer; none where it is unchanged."""
+    own = {name: t for name, t in tensors.items() if f".{module}." in name}
+    return own | {name: tensors[name] for name in SHARED if own and name in tensors}
 
 
 def _one_layer(module: str, weight: torch.Tensor) -> torch.nn.Module:
     """A model whose only layer has the name that patterns and layer numbers are matched against."""
-    num_out, num_in = weight.shape
     with torch.device("meta"):
-        layer = torch.nn.Linear(num_in, num_out, bias=False)
+        layer = _bare_layer(module, weight)
     layer.weight = torch.nn.Parameter(weight.detach().float().clone(), requires_grad=False)
     root = torch.nn.Module()
     *parents, last = module.split(".")
@@ -61,6 +65,15 @@ def _one_layer(module: str, weight: torch.Tensor) -> torch.nn.Module:
         place = place.get_submodule(name)
     place.add_module(last, layer)
     return root
+
+
+def _bare_layer(module: str, weight: torch.Tensor) -> Any:
+    if weight.dim() == 1:
+        return torch.nn.RMSNorm(len(weight))
+    num_out, num_in = weight.shape
+    if module.endswith("embed_tokens"):
+        return torch.nn.Embedding(num_out, num_in)
+    return torch.nn.Linear(num_in, num_out, bias=False)
 
 
 def _settings_for(config: PeftConfig, module: str) -> Any:
@@ -76,6 +89,12 @@ def _load_strictly(
 ) -> None:
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    tensors = {
+        name: tensor[tuple(map(slice, shapes[name]))]
+        if name in SHARED and name in shapes
+        else tensor
+        for name, tensor in tensors.items()
+    }
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != found:
         differing = [

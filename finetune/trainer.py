@@ -26,6 +26,7 @@ from finetune.fast.loss import IGNORED, Packed, token_losses
 from finetune.heldout import HeldoutLoss, score_rows, total_of
 from finetune.packing import BatchPlan, PackLoader, PackSampler, TokenizedRows
 from finetune.prepared import Document, PreparedDocuments
+from finetune.rank_schedule import RankSchedule
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class TrainerInputs:
         save_total_limit: checkpoints kept.
         eval_batch_size: documents in one forward pass of the held-out loss.
         lr_ratio: learning rate of LoRA's B over that of A (LoRA+); None where it is one rate.
+        ranks: AdaLoRA's schedule; None for every other method.
     """
 
     train: PreparedDocuments
@@ -51,6 +53,7 @@ class TrainerInputs:
     save_total_limit: int
     eval_batch_size: int
     lr_ratio: float | None = None
+    ranks: RankSchedule | None = None
 
 
 class OurSeams(Trainer):
@@ -70,6 +73,8 @@ class OurSeams(Trainer):
         """Hands over the documents; the loss is divided by the step's tokens by ourselves."""
         self.ours = inputs
         self.loss_is_scaled_for_ga = True
+        if inputs.ranks is not None:
+            self.add_callback(inputs.ranks)
 
     # --- data ---------------------------------------------------------------------------------
 
@@ -98,6 +103,7 @@ class OurSeams(Trainer):
     ) -> tuple[list[Any], torch.Tensor]:
         """The micro-batches of a step, and its supervised tokens over all of them and all ranks."""
         batches = [next(epoch_iterator) for _ in range(num_batches)]
+        self._num_micro_batches = len(batches)
         supervised = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
         all_tokens = sum(batch["labels"].numel() for batch in batches)
         counts = torch.tensor([supervised, all_tokens], dtype=torch.float64)
@@ -127,7 +133,10 @@ class OurSeams(Trainer):
         assert not return_outputs
         loss_sum = token_losses(model, Packed(**inputs)).sum()
         self._step_loss_sum += loss_sum.detach().double()
-        return loss_sum * (self.accelerator.num_processes / max(num_items_in_batch.item(), 1.0))
+        loss = loss_sum * (self.accelerator.num_processes / max(num_items_in_batch.item(), 1.0))
+        if self.ours.ranks is not None and self.step_tokens:  # once a step, in parts
+            loss = loss + self.ours.ranks.penalty() / self._num_micro_batches
+        return loss
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
         """Called once a step before the optimizer moves: the place to stop on bad numbers."""
@@ -185,6 +194,8 @@ class OurSeams(Trainer):
             checkpoint.save_optimizer(self.optimizer, stage)
             checkpoint.save_scheduler(self.lr_scheduler, stage)
             checkpoint.save_rng(rng_states, stage)
+            if self.ours.ranks is not None:
+                self.ours.ranks.save(stage)
             self.state.save_to_json(str(stage / "trainer_state.json"))
         checkpoint.write_latest(self.ours.checkpoints, step)
         checkpoint.prune(self.ours.checkpoints, self.ours.save_total_limit)
@@ -196,6 +207,8 @@ class OurSeams(Trainer):
         if checkpoint_path is not None:
             checkpoint.load_optimizer(self.optimizer, Path(checkpoint_path))
             checkpoint.load_scheduler(self.lr_scheduler, Path(checkpoint_path))
+            if self.ours.ranks is not None:
+                self.ours.ranks.load(Path(checkpoint_path))
 
     def _load_rng_state(self, checkpoint_path: str | None) -> None:
         if checkpoint_path is not None:

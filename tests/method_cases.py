@@ -25,12 +25,13 @@ class Case:
 
     Attributes:
         overrides: of the config, where r is 4 and lora_alpha 8 if the method has them.
-        starts_as_base: whether the logits at step 0 are the base's bit for bit.
+        starts_as_base: whether the logits at step 0 are the base's bit for bit; None where
+            vectors drawn at random stand before the text, so that they are others'.
         quantized: storage of the base.
     """
 
     overrides: tuple[str, ...] = ()
-    starts_as_base: bool = True
+    starts_as_base: bool | None = True
     quantized: str = "none"
 
     @property
@@ -45,6 +46,7 @@ class Case:
         return {k: v for k, v in {"r": 4, "lora_alpha": 8}.items() if k in known} | given
 
 
+UNPACKED = ("data.packing=false", "adapter.num_virtual_tokens=5")
 CASES = {
     "lora": Case(),
     "lora patterns": Case(
@@ -70,10 +72,29 @@ CASES = {
     "qdora nf4": Case(("adapter.method=dora",), quantized="nf4"),
     "qdora fp4": Case(("adapter.method=dora",), quantized="fp4"),
     "lora+": Case(("adapter.method=lora+", "adapter.loraplus_lr_ratio=4")),
+    "adalora": Case(
+        ("adapter.method=adalora", "adapter.init_r=6", "adapter.target_r=5", "adapter.tfinal=1")
+    ),
+    "vera": Case(("adapter.method=vera", "adapter.r=32")),
     "loha": Case(("adapter.method=loha",)),
+    "lokr": Case(("adapter.method=lokr",)),
+    "lokr product": Case(("adapter.method=lokr", "adapter.r=2")),
     "oft": Case(("adapter.method=oft", "adapter.oft_block_size=16")),
     "ia3": Case(("adapter.method=ia3", "train.learning_rate=0.05")),
     "miss": Case(("adapter.method=miss",)),
+    "boft": Case(("adapter.method=boft",)),
+    "hra": Case(("adapter.method=hra",), starts_as_base=False),
+    "ln_tuning": Case(("adapter.method=ln_tuning", "train.learning_rate=0.05")),
+    "trainable_tokens": Case(
+        ("adapter.method=trainable_tokens", "adapter.token_indices=[3, 5, 9, 20]")
+    ),
+    "prompt_tuning": Case(
+        ("adapter.method=prompt_tuning", *UNPACKED, "train.learning_rate=0.1"), starts_as_base=None
+    ),
+    "prefix_tuning": Case(
+        ("adapter.method=prefix_tuning", *UNPACKED, "train.activation_checkpointing=false"),
+        starts_as_base=None,
+    ),
 }
 MERGED = [name for name, case in CASES.items() if case.quantized == "none"]
 

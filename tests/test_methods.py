@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tolerances
 import torch
@@ -55,6 +57,8 @@ class TestTraining:
     def test_it_starts_as_the_base(self, trained, name):
         """PiSSA and OLoRA move a part of W into the adapter and back: equal but for rounding."""
         done, case = trained(name), CASES[name]
+        if case.starts_as_base is None:
+            return
         expected = logits(open_variant(done.run, "base").model)
         # A fresh one: bitsandbytes' int8 layers change hands of their scales in a forward pass.
         base = open_variant(done.run, "base").model
@@ -95,7 +99,8 @@ def test_it_comes_back_in_our_loader_and_in_plain_peft(trained, name):
     assert (ours - done.logits).abs().max() <= limit
     if case.quantized == "none":
         assert (logits(attached(done.run, done.base)) - ours).abs().max() <= limit
-    assert (ours - logits(open_variant(done.run, "base").model)).abs().max() > 0.01, "it moved"
+    base = logits(open_variant(done.run, "base").model)
+    assert (ours[-len(base) :] - base).abs().max() > 0.01, "it moved"
 
 
 @pytest.mark.parametrize("name", MERGED)
@@ -175,6 +180,11 @@ def adapter_hash(done: Trained) -> str:
 def targeted_names(done: Trained) -> set[str]:
     from finetune.methods import targeted
 
+    names = [n for n, _ in plain(done.base).named_modules()]
+    if section_of(done).method == "ln_tuning":
+        return {n for n in names if n.endswith("norm")}
+    if section_of(done).method == "trainable_tokens":
+        return {"model.embed_tokens"}
     return {m.name for m in targeted(section_of(done), from_llama_config(plain(done.base).config))}
 
 
@@ -183,17 +193,21 @@ class TestCounts:
     @pytest.mark.parametrize("name", MERGED)
     def test_the_formula_is_what_peft_makes_of_a_documented_llama(self, name, preset, tmp_path):
         adapter = section(CASES[name])
-        with torch.device("meta"):
+        arch, device = PRESETS[preset], "meta"
+        if adapter.method == "boft":  # PEFT reads numbers of it when it is made
+            few = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2}
+            arch, device = replace(arch, n_layers=1, **few), "cpu"
+        with torch.device(device):
             from transformers import LlamaForCausalLM
 
-            model = LlamaForCausalLM(to_llama_config(PRESETS[preset]))
+            model = LlamaForCausalLM(to_llama_config(arch))
             config = method_of(adapter).peft_config(adapter, "b")
             if adapter.init != "default":
                 config.init_lora_weights = True  # there are no numbers to start from
             from peft import get_peft_model
 
             peft_model = get_peft_model(model, config)
-        expected = method_of(adapter).num_trainable(adapter, PRESETS[preset])
+        expected = method_of(adapter).num_trainable(adapter, arch)
         assert report_parameters(peft_model).num_trainable == expected
 
     def test_the_published_counts(self):

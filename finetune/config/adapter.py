@@ -15,16 +15,34 @@ from finetune.config.section import Section, Texts, as_tuple
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IA3_TARGETS = ("k_proj", "v_proj", "down_proj")
 
+_OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ia3": {"target_modules": IA3_TARGETS},
+    "vera": {"r": 256},  # it shares its matrices among all layers: rank costs little
+}
+
 _LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init", "rank_pattern", "alpha_pattern")
 _WHERE = ("target_modules", "layers")
 SETTINGS: dict[str, tuple[str, ...]] = {
     "lora": (*_LORA, *_WHERE),
     "dora": (*_LORA, *_WHERE),
     "lora+": (*_LORA, "loraplus_lr_ratio", *_WHERE),
+    "adalora": (
+        *("init_r", "target_r", "lora_alpha", "lora_dropout"),
+        *("tinit", "tfinal", "deltaT", "orth_reg_weight"),
+        *_WHERE,
+    ),
+    "vera": ("r", *_WHERE),
     "loha": ("r", "lora_alpha", *_WHERE),
+    "lokr": ("r", "lora_alpha", *_WHERE),
     "oft": ("oft_block_size", *_WHERE),
+    "boft": ("boft_block_size", *_WHERE),
+    "hra": ("r", *_WHERE),
     "ia3": ("target_modules",),
     "miss": ("r", *_WHERE),
+    "ln_tuning": (),
+    "trainable_tokens": ("token_indices",),
+    "prompt_tuning": ("num_virtual_tokens",),
+    "prefix_tuning": ("num_virtual_tokens",),
     "none": (),
 }
 """method -> the settings that have an effect with it."""
@@ -37,7 +55,13 @@ ON_QUANTIZED_BASE = {
 """Storage of the base -> the methods that train on it. DoRA needs the norms of W + s·B·A, and PEFT
 0.21 loses the scales of 8-bit weights when it reads them before the first forward pass."""
 
-CHANGES_BASE = ("pissa", "olora")
+READS_DATA = ("corda", "eva")
+"""Initialisations that look at what the layers read of the run's own rows."""
+
+SOFT_PROMPTS = ("prompt_tuning", "prefix_tuning")
+"""Methods that put trained vectors before the text of every document."""
+
+CHANGES_BASE = ("pissa", "olora", "corda")
 """Initialisations that take the adapter's start out of the base's weights."""
 
 
@@ -73,11 +97,14 @@ class AdapterSection(Section):
     arXiv:2106.09685.
     """
 
-    method: Literal["lora", "dora", "lora+", "loha", "oft", "ia3", "miss", "none"] = "lora"
+    method: Literal[
+        "lora", "dora", "lora+", "adalora", "vera", "loha", "lokr", "oft", "boft", "hra", "ia3",
+        "miss", "ln_tuning", "trainable_tokens", "prompt_tuning", "prefix_tuning", "none",
+    ] = "lora"  # fmt: skip
     """`lora` or another method of docs/recipes.md, or `none` to train the full weights."""
 
     r: Rank = 16
-    """Rank of the update of every targeted matrix."""
+    """Rank of the update of every targeted matrix (VeRA: 256; HRA: reflections)."""
 
     lora_alpha: Alpha = 32
     """The update is scaled by lora_alpha / r (LoHa too), or lora_alpha / sqrt(r) with rsLoRA."""
@@ -88,7 +115,7 @@ class AdapterSection(Section):
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead. Source: Kalajdzievski 2023, arXiv:2312.03732."""
 
-    init: Literal["default", "gaussian", "pissa", "olora"] = "default"
+    init: Literal["default", "gaussian", "pissa", "olora", "corda", "eva", "loftq"] = "default"
     """Start of A and B: `default` (A Kaiming uniform, B zero), or another of docs/recipes.md."""
 
     rank_pattern: dict[str, Rank] = Field(default_factory=dict)
@@ -100,8 +127,35 @@ class AdapterSection(Section):
     loraplus_lr_ratio: Annotated[float, Field(gt=0, le=1024)] = 16.0
     """Learning rate of B over that of A, which is train.learning_rate."""
 
+    init_r: Rank = 12
+    """AdaLoRA: rank of every matrix at the start."""
+
+    target_r: Rank = 8
+    """AdaLoRA: average rank over all matrices at the end; less than init_r."""
+
+    tinit: Annotated[int, Field(ge=0)] | None = None
+    """AdaLoRA: steps before ranks fall; a tenth of the run's if not given."""
+
+    tfinal: Annotated[int, Field(ge=0)] | None = None
+    """AdaLoRA: steps after ranks have fallen; three tenths of the run's if not given."""
+
+    deltaT: Annotated[int, Field(ge=1)] = 1
+    """AdaLoRA: steps between two allocations of ranks."""
+
+    orth_reg_weight: Annotated[float, Field(ge=0)] = 0.5
+    """AdaLoRA: weight of the penalty that keeps the directions of A and B orthogonal."""
+
     oft_block_size: Annotated[int, Field(ge=2, le=4096)] = 32
     """Columns of W that one rotation turns; the width of every targeted matrix is a multiple."""
+
+    boft_block_size: Annotated[int, Field(ge=2, le=4096)] = 8
+    """Columns of W that one rotation turns; the width of every targeted matrix is a multiple."""
+
+    token_indices: Indices = ()
+    """Ids whose embeddings train; the tokenizer's, as `tokenize` shows them."""
+
+    num_virtual_tokens: Annotated[int, Field(ge=1, le=65536)] = 20
+    """Trained vectors before every document; they take part of the context."""
 
     target_modules: Annotated[Texts, AfterValidator(_projections_only)] = PROJECTIONS
     """Names of the linear layers that get an adapter; one that matches nothing stops the run."""
@@ -112,11 +166,13 @@ class AdapterSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _completed(cls, data: Any) -> Any:
-        """A single layer may stand for a list of one; (IA)3 has targets of its own."""
+        """A single number may stand for a list of one; some methods have defaults of their own."""
         if not isinstance(data, dict):
             return data
-        if "layers" in data:
-            data = {**data, "layers": as_tuple(data["layers"])}
-        if data.get("method") == "ia3" and data.get("target_modules") is None:
-            data = {**data, "target_modules": IA3_TARGETS}
+        for name in ("layers", "token_indices"):
+            if name in data:
+                data = {**data, name: as_tuple(data[name])}
+        for name, value in _OWN_DEFAULTS.get(str(data.get("method")), {}).items():
+            if data.get(name) is None:
+                data = {**data, name: value}
         return data

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from finetune.config.adapter import CHANGES_BASE, ON_QUANTIZED_BASE, SETTINGS
+from finetune.config.adapter import SETTINGS
+from finetune.config.adapter_conflicts import adapter_conflicts
+from finetune.config.conflict import Conflict
 from finetune.config.data import COLUMNS
 from finetune.config.train import SCHEDULER_KWARGS
 from finetune.errors import InputError
@@ -15,19 +17,6 @@ from finetune.llama.architecture import HUB_IDS, Architecture, architecture_of
 
 if TYPE_CHECKING:
     from finetune.config.schema import RunConfig
-
-
-@dataclass(frozen=True)
-class Conflict:
-    """A finding over several settings.
-
-    Args:
-        paths: the settings involved, as `section.key`; the first is where it is reported.
-        message: what was found, what is allowed.
-    """
-
-    paths: tuple[str, ...]
-    message: str
 
 
 @dataclass(frozen=True)
@@ -147,7 +136,7 @@ def find_conflicts(config: RunConfig) -> list[Conflict]:
         _idle_settings,
         _base,
         _architecture,
-        _adapter,
+        adapter_conflicts,
         _sources,
         _overflow,
         _weights,
@@ -213,43 +202,6 @@ def _known_architecture(config: RunConfig) -> Architecture | None:
         return architecture_of(config.base.architecture)
     preset = HUB_IDS.get(config.base.path or "")
     return architecture_of(preset) if preset else None
-
-
-def _adapter(config: RunConfig) -> Iterator[Conflict]:
-    adapter, storage = config.adapter, config.base.quantization
-    if storage != "none" and adapter.method == "none":
-        yield Conflict(
-            ("base.quantization", "adapter.method"),
-            f"found {storage} with adapter.method: none; quantised weights cannot"
-            " be trained: allowed: none, or an adapter (adapter.method: lora)",
-        )
-    elif storage != "none" and adapter.method not in ON_QUANTIZED_BASE[storage]:
-        yield Conflict(
-            ("base.quantization", "adapter.method"),
-            f"found {storage} with adapter.method: {adapter.method}; allowed: none, or"
-            f" adapter.method: {', '.join(ON_QUANTIZED_BASE[storage])}",
-        )
-    yield from _adapter_init(config)
-
-
-def _adapter_init(config: RunConfig) -> Iterator[Conflict]:
-    """PiSSA and OLoRA move a part of W into the adapter: W has to be numbers, the adapter B·A."""
-    adapter, storage = config.adapter, config.base.quantization
-    if adapter.init not in CHANGES_BASE:
-        return
-    paths = ("adapter.init", "adapter.method", "base.quantization")
-    if adapter.method == "dora":
-        yield Conflict(
-            paths,
-            f"found {adapter.init} with adapter.method: dora, whose update cannot be told apart"
-            " from the base again: allowed: default, gaussian",
-        )
-    if storage != "none":
-        yield Conflict(
-            paths,
-            f"found {adapter.init} with base.quantization: {storage}, whose weights cannot give a"
-            " part to the adapter: allowed: default, gaussian",
-        )
 
 
 def _sources(config: RunConfig) -> Iterator[Conflict]:

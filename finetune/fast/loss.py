@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,12 +77,47 @@ def token_losses(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
     Returns:
         (supervised,) losses in nats, float32; empty, with a graph, where nothing is supervised.
     """
+    if has_soft_prompt(model):
+        return torch.cat([_alone(model, document) for document in documents_of(packed)])
     positions, targets = supervised(packed.labels)
     logits = model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
         attention_mask=no_mask(packed.input_ids.device),
         document_lengths=packed.document_lengths,
+        logits_to_keep=positions,
+        use_cache=False,
+    ).logits[0]
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def has_soft_prompt(model: torch.nn.Module) -> bool:
+    """Whether PEFT puts trained vectors before the text (prompt or prefix tuning)."""
+    config = getattr(getattr(model, "module", model), "active_peft_config", None)
+    return bool(config is not None and config.is_prompt_learning)
+
+
+def documents_of(packed: Packed) -> list[Packed]:
+    """Each document of a packed row as a row of its own."""
+    lengths = packed.document_lengths
+    parts = [t.split(lengths, dim=1) for t in (packed.input_ids, packed.position_ids)]
+    labels = packed.labels.split(lengths, dim=1)
+    return [
+        Packed(ids, positions, row, [length])
+        for ids, positions, row, length in zip(*parts, labels, lengths, strict=True)
+    ]
+
+
+def _alone(model: torch.nn.Module, document: Packed) -> torch.Tensor:
+    """The losses of one document behind its trained vectors, as PEFT's own forward pass has them;
+    each document needs them before it, and counts its positions after them."""
+    positions, targets = supervised(document.labels)
+    config: Any = getattr(model, "module", model).active_peft_config
+    if config.peft_type != "PREFIX_TUNING":  # whose vectors are in the cache, not in the row
+        positions = positions + config.num_virtual_tokens
+    logits = model(
+        input_ids=document.input_ids,
+        attention_mask=torch.ones_like(document.input_ids),
         logits_to_keep=positions,
         use_cache=False,
     ).logits[0]

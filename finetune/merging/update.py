@@ -16,12 +16,15 @@ import torch
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
-from finetune import adapters, artifact
+from finetune import artifact
 from finetune.adapters import ADAPTER_FILES
 from finetune.errors import CheckFailed
+from finetune.layer_merge import SHARED, merged_weight
 from finetune.llama.safetensors_pieces import Stored, stored_tensors
 
 PREFIX = "base_model.model."
+# Trainable tokens of a tied base are in the file twice; a merge writes the embedding alone.
+TIED_TWIN = f"{PREFIX}lm_head.trainable_tokens_delta"
 _LOW_RANK = {"lora_A.weight", "lora_B.weight"}
 _MergedWeight = Callable[[PeftConfig, Mapping[str, torch.Tensor], str, torch.Tensor], torch.Tensor]
 
@@ -116,11 +119,15 @@ def read_updates(folder: Path) -> dict[str, Update]:
     """
     settings = artifact.read_json(folder / ADAPTER_FILES[0])
     by_module: dict[str, dict[str, Stored]] = {}
-    for stored in stored_tensors(folder / ADAPTER_FILES[1]):
+    every = stored_tensors(folder / ADAPTER_FILES[1])
+    shared = {stored.name: stored for stored in every if stored.name in SHARED}
+    for stored in every:
+        if stored.name in shared or stored.name.startswith(TIED_TWIN):
+            continue
         module, part = _split(stored.name)
         by_module.setdefault(module, {})[part] = stored
     if not _is_low_rank(settings):
-        return _by_peft(folder, settings, by_module)
+        return _by_peft(folder, {m: {**parts, **shared} for m, parts in by_module.items()})
     broken = [module for module, parts in by_module.items() if set(parts) != _LOW_RANK]
     if broken or not by_module:
         named = ", ".join(broken[:8]) or "empty"
@@ -136,6 +143,8 @@ def read_updates(folder: Path) -> dict[str, Update]:
 def _split(key: str) -> tuple[str, str]:
     """`base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`: the module, `lora_A.weight`."""
     names = key.removeprefix(PREFIX).split(".")
+    if names[-1] == "trainable_tokens_delta":
+        return ".".join(names[:-1]), names[-1]
     depth = next((n for n, name in enumerate(names) if name.endswith("_proj")), len(names) - 3)
     return ".".join(names[: depth + 1]), ".".join(names[depth + 1 :])
 
@@ -153,16 +162,11 @@ def scale_of(settings: Mapping[str, Any], module: str, parts: Mapping[str, Store
     return float(alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
 
 
-def _by_peft(
-    folder: Path, settings: Mapping[str, Any], by_module: Mapping[str, Mapping[str, Stored]]
-) -> dict[str, Update]:
-    merge: _MergedWeight | None = getattr(adapters, "merged_weight", None)
-    if merge is None:
-        raise CheckFailed(f"{folder}: {settings.get('peft_type')} as it is set is not merged yet")
+def _by_peft(folder: Path, by_module: Mapping[str, Mapping[str, Stored]]) -> dict[str, Update]:
     config = PeftConfig.from_pretrained(str(folder))
     return {
         f"{module}.weight": ByPeft(
-            config, {stored.name: stored for stored in parts.values()}, module, merge
+            config, {stored.name: stored for stored in parts.values()}, module, merged_weight
         )
         for module, parts in sorted(by_module.items())
     }

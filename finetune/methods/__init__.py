@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from finetune.config.adapter import AdapterSection
-from finetune.methods.in_place import Ia3, Miss, Oft
-from finetune.methods.low_rank import Dora, LoHa, Lora, LoraPlus
+from finetune.methods.in_place import Boft, Hra, Ia3, LnTuning, Miss, Oft
+from finetune.methods.inputs import PrefixTuning, PromptTuning, TrainableTokens
+from finetune.methods.low_rank import AdaLora, Dora, LoHa, LoKr, Lora, LoraPlus, Vera
 from finetune.methods.method import Matrix, Method, shapes_of_layer, targeted
 
-_ALL = (Lora(), Dora(), LoraPlus(), LoHa(), Oft(), Ia3(), Miss())
+_ALL: tuple[Method, ...] = (
+    *(Lora(), Dora(), LoraPlus(), AdaLora(), Vera(), LoHa(), LoKr()),
+    *(Oft(), Boft(), Hra(), Ia3(), Miss(), LnTuning()),
+    *(TrainableTokens(), PromptTuning(), PrefixTuning()),
+)
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from finetune.config.adapter import AdapterSection
+from finetune.llama.architecture import Architecture
 from finetune.methods.method import Matrix, Method, common, of_pattern, where
 
 
@@ -72,6 +74,72 @@ class LoraPlus(Lora):
     name = "lora+"
 
 
+class AdaLora(Method):
+    """AdaLoRA: W' = W + s·B·diag(e)·A, s = lora_alpha / init_r; the least useful of all e are set
+    to 0 on the way, until `target_r` a matrix are left on average.
+
+    Penalty: orth_reg_weight · mean over all A and B of ||A·Aᵀ - I||, the Frobenius norm.
+    Paper: Zhang et al. 2023, arXiv:2303.10512. Published as a plain LoRA with a rank for each
+    matrix: e is multiplied into A.
+    Cost: init_r · (in + out + 1) parameters a matrix while training; a score for each of them.
+    When: the rank each matrix needs is not known, and what is served has to be small.
+    """
+
+    name = "adalora"
+
+    def peft_config(self, adapter: AdapterSection, base_name: str) -> Any:
+        """PEFT's AdaLoraConfig; its schedule is set when the run's steps are known."""
+        from peft import AdaLoraConfig
+
+        return AdaLoraConfig(
+            init_r=adapter.init_r,
+            target_r=adapter.target_r,
+            lora_alpha=adapter.lora_alpha,
+            lora_dropout=adapter.lora_dropout,
+            deltaT=adapter.deltaT,
+            orth_reg_weight=adapter.orth_reg_weight,
+            total_step=1,
+            **where(adapter),
+            **common(base_name),
+        )
+
+    def num_of(self, matrix: Matrix, adapter: AdapterSection) -> int:
+        """A, B and e."""
+        return adapter.init_r * (matrix.num_in + matrix.num_out + 1)
+
+    def findings(self, adapter: AdapterSection, arch: Architecture) -> list[str]:
+        """Ranks fall, or there is nothing to choose."""
+        found = super().findings(adapter, arch)
+        if adapter.target_r >= adapter.init_r:
+            found.append(
+                f"adapter.target_r: found {adapter.target_r}; it is less than init_r "
+                f"({adapter.init_r}), or lora does the same for less"
+            )
+        return found
+
+
+class Vera(Method):
+    """VeRA: W' = W + diag(b)·B·diag(d)·A; A and B are random, frozen, and shared by all matrices.
+
+    Paper: Kopiczko et al. 2023, arXiv:2310.11454 (rank 256 and more, a rate some ten times
+    LoRA's). Each matrix takes the part of A (r, widest in) and B (widest out, r) that it needs.
+    Cost: r + out parameters a matrix; A and B are in the file too, so that it loads anywhere.
+    When: very many adapters of one base.
+    """
+
+    name = "vera"
+
+    def peft_config(self, adapter: AdapterSection, base_name: str) -> Any:
+        """PEFT's VeraConfig."""
+        from peft import VeraConfig
+
+        return VeraConfig(r=adapter.r, save_projection=True, **where(adapter), **common(base_name))
+
+    def num_of(self, matrix: Matrix, adapter: AdapterSection) -> int:
+        """d and b."""
+        return adapter.r + matrix.num_out
+
+
 class LoHa(Method):
     """LoHa: W' = W + s·(B1·A1) ∘ (B2·A2), entry by entry, s = lora_alpha / r; rank up to r².
 
@@ -93,3 +161,38 @@ class LoHa(Method):
     def num_of(self, matrix: Matrix, adapter: AdapterSection) -> int:
         """Two pairs of thin matrices."""
         return 2 * adapter.r * (matrix.num_in + matrix.num_out)
+
+
+class LoKr(Method):
+    """LoKr: W' = W + s·(C ⊗ B), Kronecker product of two small matrices, s = lora_alpha / r.
+
+    in and out are each split into two factors near their square roots; B (the larger factors) is a
+    product of rank r where r is less than half of its larger side, else one matrix (then s = 1).
+    Paper: Yeh et al. 2023, LyCORIS, arXiv:2309.14859; Edalati et al. 2022, arXiv:2212.10650.
+    Cost: about sqrt(in · out) parameters for each of the two.
+    When: the smallest files that still touch every entry of W.
+    """
+
+    name = "lokr"
+
+    def peft_config(self, adapter: AdapterSection, base_name: str) -> Any:
+        """PEFT's LoKrConfig."""
+        from peft import LoKrConfig
+
+        return LoKrConfig(
+            r=adapter.r, alpha=adapter.lora_alpha, **where(adapter), **common(base_name)
+        )
+
+    def num_of(self, matrix: Matrix, adapter: AdapterSection) -> int:
+        """C in full, and B in full or as a product."""
+        out_small, out_large = _near_root(matrix.num_out)
+        in_small, in_large = _near_root(matrix.num_in)
+        is_product = adapter.r < max(out_large, in_large) / 2
+        large = adapter.r * (out_large + in_large) if is_product else out_large * in_large
+        return out_small * in_small + large
+
+
+def _near_root(number: int) -> tuple[int, int]:
+    """The two factors of a number that are nearest to its square root, the smaller first."""
+    small = next(n for n in range(math.isqrt(number), 0, -1) if number % n == 0)
+    return small, number // small

@@ -6,15 +6,18 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from finetune.batching import plan_batches
+from finetune.batching import plan_batches, steps_of
 from finetune.config import RunConfig
 from finetune.data import RunData
+from finetune.packing import BatchPlan
+from finetune.rank_schedule import RankSchedule
 from finetune.trainer import TrainerInputs
 
 
@@ -42,16 +45,25 @@ class Parts:
 def trainer_inputs(parts: Parts) -> TrainerInputs:
     """What the seams need."""
     config = parts.config
+    plan = plan_batches(config, parts.data, parts.num_ranks)
     return TrainerInputs(
         train=parts.data.train,
         heldout=parts.data.heldout,
-        plan=plan_batches(config, parts.data, parts.num_ranks),
+        plan=plan,
         seed=config.run.seed,
         checkpoints=parts.run_path / "checkpoints",
         save_total_limit=config.train.save_total_limit,
         eval_batch_size=config.eval.per_device_eval_batch_size,
         lr_ratio=config.adapter.loraplus_lr_ratio if config.adapter.method == "lora+" else None,
+        ranks=_rank_schedule(parts, plan),
     )
+
+
+def _rank_schedule(parts: Parts, plan: BatchPlan) -> RankSchedule | None:
+    if parts.config.adapter.method != "adalora":
+        return None
+    num_steps = steps_of(parts.config, parts.data, plan).total
+    return RankSchedule(cast(PeftModel, parts.model), parts.config.adapter, num_steps)
 
 
 def uses_bf16_autocast(config: RunConfig) -> bool:
@@ -124,3 +136,20 @@ def trained_dtypes_kept(model: torch.nn.Module) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != before[name].dtype:
             parameter.data = before[name].to(parameter.device)
+
+
+@contextlib.contextmanager
+def head_seen_bare(model: torch.nn.Module) -> Iterator[None]:
+    """Lets TRL's check of the head pass where trained embeddings are tied to it: TRL would compute
+    the loss past such a head, ours goes through the model.
+    """
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    bare = getattr(head, "base_layer", None)
+    if bare is None:
+        yield
+        return
+    vars(model)["get_output_embeddings"] = lambda: bare
+    try:
+        yield
+    finally:
+        del vars(model)["get_output_embeddings"]

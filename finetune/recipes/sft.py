@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from finetune.recipes.assembly import (
     Parts,
     engine_arguments,
+    head_seen_bare,
     placeholder_rows,
     trained_dtypes_kept,
     trainer_inputs,
@@ -35,7 +36,7 @@ def build(parts: Parts) -> OurSeams:
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     rows = placeholder_rows(len(inputs.train))
-    with trained_dtypes_kept(parts.model):
+    with trained_dtypes_kept(parts.model), head_seen_bare(parts.model):
         trainer = SeamedSFTTrainer(
             model=parts.model,
             args=arguments,
