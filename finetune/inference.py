@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from finetune.config import (
 )
 from finetune.errors import InputError
 from finetune.fast.attention import register
+from finetune.fast.loss import has_soft_prompt
 from finetune.heldout import evaluating
 from finetune.model import (
     Base,
@@ -177,14 +179,27 @@ def continue_prompts(
     Yields:
         the new ids of each prompt, in the order given.
     """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, list[int]] = {}
     set_seed(sampling.seed)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in _batches(prompts, batch_size, has_soft_prompt(opened.model)):
         texts = _generate(opened, [prompts[index] for index in chosen], sampling)
         answers.update(zip(chosen, texts, strict=True))
     return (answers[index] for index in range(len(prompts)))
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]], size: int, equal_lengths: bool
+) -> Iterator[list[int]]:
+    """Indices of prompts that go together. Behind trained vectors nothing may be padded: the
+    padding would stand between them and the text (PEFT 0.21 counts its positions).
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    groups: list[list[int]] = [order]
+    if equal_lengths:
+        found = itertools.groupby(order, lambda index: len(prompts[index]))
+        groups = [list(group) for _, group in found]
+    for group in groups:
+        yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
 def _generate(

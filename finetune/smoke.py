@@ -23,6 +23,7 @@ from finetune.config.data import Source
 from finetune.config.loader import Loaded
 from finetune.files import find_files, read_rows
 from finetune.llama.architecture import HUB_IDS, Architecture, scaled_down
+from finetune.methods import why_not_merged
 from finetune.plan import architecture_of_base
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "llama-nano"
@@ -42,10 +43,12 @@ def run_smoke(loaded: Loaded) -> int:
         small = smoke_config(loaded, Path(scratch))
         train(small)
         run = RunFolder(Path(small.config.run.dir) / small.config.run.name)
-        if run.adapter.is_dir():
+        if proof_made(small.config):
             proof = merge.merge(run)["proof"]
             _say(f"merged   logits differ by {proof['max_logit_difference']:.1e} at most")
             evaluate([str(run.path), "--against", "base,merged"])
+        elif run.adapter.is_dir():
+            evaluate([str(run.path), "--against", "base"])
         elif small.config.data.heldout:
             evaluate([str(run.path)])
     _say(f"smoke    {loaded.path} runs: train, eval{', merge' if proof_made(small.config) else ''}")
@@ -53,8 +56,8 @@ def run_smoke(loaded: Loaded) -> int:
 
 
 def proof_made(config: RunConfig) -> bool:
-    """Whether the config trains an adapter, which is merged."""
-    return config.adapter.method != "none"
+    """Whether the config trains an adapter that can be merged."""
+    return config.adapter.method != "none" and why_not_merged(config.adapter) is None
 
 
 def smoke_config(loaded: Loaded, scratch: Path) -> Loaded:
