@@ -25,6 +25,7 @@ from transformers import LlamaForCausalLM
 from finetune import rank_schedule
 from finetune.artifact import sha256_of
 from finetune.config.adapter import CHANGES_BASE, AdapterSection
+from finetune.data_starts import StartInputs, clean_corda, prepare_corda, start_eva, start_loftq
 from finetune.errors import CheckFailed, InputError
 from finetune.identity import ADAPTER_FILES, BaseIdentity, verified_facts
 from finetune.layer_merge import merged_weight
@@ -37,7 +38,11 @@ __all__ += ["merged_weight", "report_parameters", "save_adapter"]
 
 
 def attach(
-    model: LlamaForCausalLM, adapter: AdapterSection, base_name: str, start: Path | None = None
+    model: LlamaForCausalLM,
+    adapter: AdapterSection,
+    base_name: str,
+    start: Path | None = None,
+    inputs: StartInputs | None = None,
 ) -> PeftModel:
     """Puts a fresh adapter, in float32, on a base.
 
@@ -45,6 +50,7 @@ def attach(
         base_name: what the user wrote as the base; never made absolute.
         start: where initialisations that take from the base keep what they took; where the folder
             exists, the same is taken again.
+        inputs: what initialisations may look at; those that do need it.
 
     Raises:
         InputError: a setting that does not fit the base, such as a target that matches nothing.
@@ -56,6 +62,8 @@ def attach(
     config = method.peft_config(adapter, base_name)
     if restored:
         config.init_lora_weights = True
+    elif adapter.init == "corda":
+        prepare_corda(model, config, _needed(inputs))
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     # PEFT puts the folder the base was read from in the place of what the user wrote.
     config.base_model_name_or_path = base_name
@@ -63,9 +71,26 @@ def attach(
         assert start is not None
         restore_start(peft_model, start)
         config.init_lora_weights = adapter.init
-    elif adapter.init in CHANGES_BASE and start is not None:
-        keep_start(peft_model, start)
+    else:
+        _look(peft_model, adapter, inputs)
+        if adapter.init in CHANGES_BASE and start is not None:
+            keep_start(peft_model, start)
     return peft_model
+
+
+def _look(model: PeftModel, adapter: AdapterSection, inputs: StartInputs | None) -> None:
+    """What an initialisation does after PEFT has put its layers in."""
+    if adapter.init == "corda":
+        clean_corda(model)
+    elif adapter.init == "eva":
+        start_eva(model, _needed(inputs))
+    elif adapter.init == "loftq":
+        start_loftq(model, _needed(inputs))
+
+
+def _needed(inputs: StartInputs | None) -> StartInputs:
+    assert inputs is not None, "an initialisation that looks at rows or weights gets them"
+    return inputs
 
 
 @dataclass(frozen=True)

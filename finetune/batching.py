@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import math
+import random
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetune.config import RunConfig
 from finetune.data import RunData, num_epochs
+from finetune.fast.loss import Packed, pack
 from finetune.packing import BatchPlan, best_fit
 
 
@@ -41,6 +44,20 @@ def _packs(config: RunConfig, data: RunData, epoch: int) -> list[list[int]]:
     lengths = data.train.lengths[chosen].tolist()
     packs = best_fit(lengths, config.data.max_length, config.run.seed)
     return [[chosen[place] for place in pack] for pack in packs]
+
+
+def first_rows(config: RunConfig, data: RunData, num_tokens: int) -> list[Packed]:
+    """Some training documents laid end to end, for initialisations that look at them.
+
+    Documents come in an order of the seed, whatever the number of ranks, until `num_tokens`.
+    """
+    order = list(range(len(data.train)))
+    random.Random(f"first rows {config.run.seed}").shuffle(order)
+    lengths = data.train.lengths
+    ends = list(itertools.accumulate(int(lengths[index]) for index in order))
+    chosen = order[: bisect.bisect_left(ends, num_tokens) + 1]
+    packs = best_fit(lengths[chosen].tolist(), config.data.max_length, config.run.seed)
+    return [pack([data.train.pair(chosen[place]) for place in places]) for places in packs]
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,20 @@ import torch.distributed as dist
 from transformers import set_seed
 
 from finetune import adapters, artifact, checkpoint, identity
-from finetune.batching import steps_of
+from finetune.batching import first_rows, steps_of
 from finetune.config import RunConfig
+from finetune.config.adapter import READS_DATA
 from finetune.data import RunData, load_data
+from finetune.data_starts import NUM_TOKENS, StartInputs
 from finetune.errors import CannotContinue, CheckFailed, InputError
+from finetune.llama.safetensors_pieces import stored_tensors
 from finetune.llama.tokenizer import save_tokenizer
 from finetune.model import (
     Base,
     find_base,
     load_model,
     untrained_ids,
+    weight_files,
     write_generation_config,
 )
 from finetune.preview import show_example
@@ -111,11 +115,24 @@ def prepare_model(
         if first:
             _warn_untrained(model, base, data)
         with first_rank_first(first):
-            trained = adapters.attach(model, config.adapter, base.name, run.start)
+            inputs = start_inputs(config, base, data)
+            trained = adapters.attach(model, config.adapter, base.name, run.start, inputs)
     if first:
         report = adapters.report_parameters(trained, *_working_types(config))
         _say("\n".join(report.lines()))
     return trained
+
+
+def start_inputs(config: RunConfig, base: Base, data: RunData) -> StartInputs:
+    """Rows of the training side in the order of the seed, and the base's weights; both are read
+    only where the initialisation asks for them."""
+    dtype = getattr(torch, config.base.dtype)
+    stored = {
+        tensor.name: tensor for path in weight_files(base.folder) for tensor in stored_tensors(path)
+    }
+    looks = config.adapter.init in READS_DATA
+    rows = first_rows(config, data, NUM_TOKENS) if looks else []
+    return StartInputs(rows, lambda name: stored[name].read().to(dtype))
 
 
 def _working_types(config: RunConfig) -> tuple[str, str]:

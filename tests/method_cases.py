@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from finetune import stages
 from finetune.config.adapter import SETTINGS
+from finetune.data import load_data
+from finetune.data_starts import StartInputs
+from finetune.model import find_base
 from finetune.run_folder import RunFolder
 
 IDS = torch.arange(3, 60).unsqueeze(0)
@@ -25,8 +28,8 @@ class Case:
 
     Attributes:
         overrides: of the config, where r is 4 and lora_alpha 8 if the method has them.
-        starts_as_base: whether the logits at step 0 are the base's bit for bit; None where
-            vectors drawn at random stand before the text, so that they are others'.
+        starts_as_base: whether the logits at step 0 are the base's bit for bit; None where they
+            are others by design: random vectors before the text, or LoftQ's correction.
         quantized: storage of the base.
     """
 
@@ -64,6 +67,9 @@ CASES = {
         starts_as_base=False,
     ),
     "olora": Case(("adapter.init=olora",), starts_as_base=False),
+    "corda": Case(("adapter.init=corda",), starts_as_base=False),
+    "eva": Case(("adapter.init=eva",)),
+    "loftq": Case(("adapter.init=loftq",), starts_as_base=None, quantized="nf4"),
     "dora": Case(("adapter.method=dora",)),
     "dora rslora": Case(("adapter.method=dora", "adapter.use_rslora=true")),
     "qlora nf4": Case(quantized="nf4"),
@@ -114,6 +120,14 @@ def logits(model: Any) -> torch.Tensor:
 def attached(run: RunFolder, base: Path, dtype: str = "float32") -> Any:
     """The published adapter through plain PEFT."""
     return PeftModel.from_pretrained(plain(base, dtype), run.adapter).eval()
+
+
+def inputs_of(run: RunFolder) -> StartInputs:
+    """What the initialisation of a run could look at."""
+    config = run.config()
+    base = find_base(config, run.path)
+    data = load_data(config, base.tokenizer, base.chat_format)
+    return stages.start_inputs(config, base, data)
 
 
 @dataclass

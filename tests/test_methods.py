@@ -7,7 +7,17 @@ from dataclasses import replace
 import pytest
 import tolerances
 import torch
-from method_cases import CASES, MERGED, Case, Trained, attached, logits, plain, train_case
+from method_cases import (
+    CASES,
+    MERGED,
+    Case,
+    Trained,
+    attached,
+    inputs_of,
+    logits,
+    plain,
+    train_case,
+)
 from peft import PeftConfig
 from safetensors.torch import load_file
 
@@ -62,7 +72,7 @@ class TestTraining:
         expected = logits(open_variant(done.run, "base").model)
         # A fresh one: bitsandbytes' int8 layers change hands of their scales in a forward pass.
         base = open_variant(done.run, "base").model
-        model = attach(base, section_of(done), "b", done.run.start)
+        model = attach(base, section_of(done), "b", done.run.start, inputs_of(done.run))
         if case.starts_as_base:
             assert torch.equal(logits(model.eval()), expected)
         else:
@@ -261,6 +271,21 @@ class TestSettingsThatDoNotFit:
             ({"layers": (0, 7)}, "adapter.layers: found 7; the base has layers 0 to 1"),
             ({"rank_pattern": {"w1": 2}}, "adapter.rank_pattern: 'w1' matches none"),
             ({"alpha_pattern": {"lm_head": 2}}, "adapter.alpha_pattern: 'lm_head' matches none"),
+            (
+                {"init": "pissa", "r": 40},
+                "adapter.r: found 40 with adapter.init: pissa; .* 32 by 128",
+            ),
+            ({"method": "hra", "r": 3}, "adapter.r: found 3; reflections come in pairs"),
+            ({"method": "boft", "boft_block_size": 7}, "adapter.boft_block_size: found 7; .* 128 columns"),
+            ({"method": "trainable_tokens"}, "adapter.token_indices: empty"),
+            (
+                {"method": "trainable_tokens", "token_indices": (5, 100_000)},
+                "adapter.token_indices: found 100000; the base has ids 0 to",
+            ),
+            (
+                {"method": "prompt_tuning", "num_virtual_tokens": 8192},
+                "adapter.num_virtual_tokens: found 8192; the base reads",
+            ),
         ],
     )
     def test_they_are_named(self, small_base, settings, message):
@@ -290,7 +315,7 @@ class TestLoraPlus:
 
 
 class TestResume:
-    @pytest.mark.parametrize("name", ["pissa", "olora"])
+    @pytest.mark.parametrize("name", ["pissa", "olora", "corda"])
     def test_the_same_part_of_the_base_is_taken_again(self, trained, name):
         done = trained(name)
         base = open_variant(done.run, "base").model

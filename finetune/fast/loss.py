@@ -39,7 +39,7 @@ class Packed:
     document_lengths: list[int]
 
 
-def pack(documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Packed:
+def pack(documents: Sequence[tuple[Any, Any]]) -> Packed:
     """Lays documents, each `(ids, train mask)`, end to end in one row."""
     ids = np.concatenate([np.asarray(document, np.int64) for document, _ in documents])
     trained = np.concatenate([np.asarray(mask, np.bool_) for _, mask in documents])

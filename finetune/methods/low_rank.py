@@ -7,7 +7,10 @@ from typing import Any
 
 from finetune.config.adapter import AdapterSection
 from finetune.llama.architecture import Architecture
-from finetune.methods.method import Matrix, Method, common, of_pattern, where
+from finetune.methods.method import Matrix, Method, common, of_pattern, targeted, where
+
+# LoftQ is put in afterwards: PEFT's own needs CUDA (finetune.data_starts).
+_PEFT_INIT: dict[str, bool] = {"default": True, "loftq": True}
 
 
 class Lora(Method):
@@ -32,7 +35,7 @@ class Lora(Method):
             "lora_alpha": adapter.lora_alpha,
             "lora_dropout": adapter.lora_dropout,
             "use_rslora": adapter.use_rslora,
-            "init_lora_weights": True if adapter.init == "default" else adapter.init,
+            "init_lora_weights": _PEFT_INIT.get(adapter.init, adapter.init),
             "rank_pattern": dict(adapter.rank_pattern),
             "alpha_pattern": dict(adapter.alpha_pattern),
             "bias": "none",
@@ -42,8 +45,24 @@ class Lora(Method):
 
     def num_of(self, matrix: Matrix, adapter: AdapterSection) -> int:
         """r · (in + out), with the rank of this matrix."""
-        rank = of_pattern(adapter.rank_pattern, matrix.name, adapter.r)
-        return rank * (matrix.num_in + matrix.num_out)
+        return _rank_of(matrix, adapter) * (matrix.num_in + matrix.num_out)
+
+    def findings(self, adapter: AdapterSection, arch: Architecture) -> list[str]:
+        """Directions of W, or of what it reads, are no more than its smaller side."""
+        found = super().findings(adapter, arch)
+        if found or adapter.init in ("default", "gaussian"):
+            return found
+        for matrix in targeted(adapter, arch):
+            if (rank := _rank_of(matrix, adapter)) > min(matrix.num_in, matrix.num_out):
+                return [
+                    f"adapter.r: found {rank} with adapter.init: {adapter.init}; {matrix.name} is "
+                    f"{matrix.num_out} by {matrix.num_in} and has no more directions than that"
+                ]
+        return []
+
+
+def _rank_of(matrix: Matrix, adapter: AdapterSection) -> int:
+    return of_pattern(adapter.rank_pattern, matrix.name, adapter.r)
 
 
 class Dora(Lora):
