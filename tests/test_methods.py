@@ -276,21 +276,30 @@ class TestSettingsThatDoNotFit:
                 "adapter.r: found 40 with adapter.init: pissa; .* 32 by 128",
             ),
             ({"method": "hra", "r": 3}, "adapter.r: found 3; reflections come in pairs"),
-            ({"method": "boft", "boft_block_size": 7}, "adapter.boft_block_size: found 7; .* 128 columns"),
+            (
+                {"method": "boft", "boft_block_size": 7},
+                "adapter.boft_block_size: found 7; .* 128 columns",
+            ),
             ({"method": "trainable_tokens"}, "adapter.token_indices: empty"),
             (
                 {"method": "trainable_tokens", "token_indices": (5, 100_000)},
                 "adapter.token_indices: found 100000; the base has ids 0 to",
-            ),
-            (
-                {"method": "prompt_tuning", "num_virtual_tokens": 8192},
-                "adapter.num_virtual_tokens: found 8192; the base reads",
             ),
         ],
     )
     def test_they_are_named(self, small_base, settings, message):
         with pytest.raises(InputError, match=message):
             attach(plain(small_base), AdapterSection(**settings), "b")
+
+
+def test_virtual_tokens_leave_room_for_the_text():
+    adapter = AdapterSection(method="prompt_tuning", num_virtual_tokens=4096)
+    found = METHODS["prompt_tuning"].findings(adapter, PRESETS["llama2-7b"])
+    assert found == [
+        "adapter.num_virtual_tokens: found 4096; the base reads 4096 tokens, and the text is to "
+        "have some of them"
+    ]
+    assert not METHODS["prompt_tuning"].findings(adapter, PRESETS["llama3-8b"])
 
 
 class TestLoraPlus:
