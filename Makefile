@@ -18,7 +18,7 @@ DEMO := configs/lora_nano.yaml
 DEMO_RUN := runs/lora_nano
 NANO := assets/llama-nano
 
-.PHONY: help setup demo train eval merge test test-slow check format clean
+.PHONY: help setup demo train eval merge compare test test-slow check format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ eval: $(STAMP)  ## [RUN=folder] held-out numbers
 
 merge: $(STAMP)  ## [RUN=folder] full weights, with the proof that they equal base and adapter
 	$(PY) -m finetune merge $(RUN) $(ARGS)
+
+compare: $(STAMP)  ## every method on the embedded base, with a table and a plot: an hour, resumable
+	$(PY) -m benchmarks.compare_methods --folder runs/compare --json runs/compare/result.json \
+		--plot runs/compare/result.svg $(ARGS)
 
 test: $(STAMP)  ## the tests, without the slow ones
 	$(PY) -m pytest -q -m "not slow" $(ARGS)
