@@ -2,8 +2,8 @@
 
 python -m benchmarks.compare_methods --folder runs/compare --json <result>.json --plot <plot>.svg
 
-Each method trains 150 steps, on the same rows in each, at every rate of a small grid. Where the best
-rate lies at the grid's edge, the grid grows by a factor of three, twice at most. The lowest
+Each method trains 150 steps, on the same rows, at every rate of a small grid. Where the best rate
+lies at the grid's edge, the grid grows by a factor of three, twice at most. The lowest
 held-out loss chooses. The chosen run is asked the 672 held-out questions; the main methods train
 with two more seeds at the chosen rate. Runs are kept in the folder, so that it goes on where it was
 stopped. Time and memory come from 40 steps of each method alone on the machine, in a second pass.
