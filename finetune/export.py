@@ -145,9 +145,10 @@ def write_peft(args: argparse.Namespace) -> dict[str, Any]:
     """`--format peft`."""
     adapter = huggingface.adapter_folder(args.target)
     run = run_of_folder(args.target)
-    about = Exported(
-        adapter_name(args.target), "A PEFT adapter.", "peft", LOADING["peft"], None, run
-    )
+    loading = LOADING["peft"]
+    if not huggingface.is_served_by_vllm(adapter):
+        loading = [block for block in loading if "vllm" not in block[1]]
+    about = Exported(adapter_name(args.target), "A PEFT adapter.", "peft", loading, None, run)
     with _staged(args, {}) as stage:
         huggingface.write_peft(stage, adapter, run)
         _write(stage / "README.md", card(about))

@@ -108,6 +108,17 @@ def write_peft(folder: Path, adapter: Path, run: RunFolder | None) -> None:
         save_tokenizer(find_base(run.config(), run.path).tokenizer, folder)
 
 
+def is_served_by_vllm(adapter: Path) -> bool:
+    """Whether vLLM loads it: LoRA with one scale and one rank; it knows no other method.
+
+    Source: vLLM's documentation of LoRA adapters; `use_dora` is refused there, patterns are not
+    read.
+    """
+    settings = artifact.read_json(adapter / ADAPTER_CONFIG)
+    apart = ("use_dora", "rank_pattern", "alpha_pattern")
+    return settings.get("peft_type") == "LORA" and not any(settings.get(key) for key in apart)
+
+
 def shared_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """adapter_config.json without the places of this machine."""
     name = settings.get("base_model_name_or_path")

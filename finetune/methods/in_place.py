@@ -6,12 +6,12 @@ from typing import Any
 
 from finetune.config.adapter import AdapterSection
 from finetune.llama.architecture import Architecture
-from finetune.methods.method import Matrix, Method, common, targeted, where
+from finetune.methods.method import Matrix, MatrixMethod, Method, common, targeted, where
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 
 
-class Oft(Method):
+class Oft(MatrixMethod):
     """OFT: W' = W·R, R block-diagonal and orthogonal, each block a Cayley transform of a skew Q.
 
     Paper: Qiu et al. 2023, arXiv:2306.07280; PEFT sums the first terms of the Neumann series for
@@ -41,7 +41,7 @@ class Oft(Method):
         return found or _undivided("oft_block_size", adapter, arch)
 
 
-class Boft(Method):
+class Boft(MatrixMethod):
     """BOFT: W' = diag(s)·W·R, R block-diagonal and orthogonal (a Cayley transform), s trained.
 
     Paper: Liu et al. 2023, arXiv:2311.06243. One butterfly factor: PEFT turns more of them into
@@ -73,7 +73,7 @@ class Boft(Method):
         return found or _undivided("boft_block_size", adapter, arch)
 
 
-class Hra(Method):
+class Hra(MatrixMethod):
     """HRA: W' = W·H1·…·Hr, a chain of Householder reflections, H = I - 2·u·uᵀ / (uᵀ·u).
 
     Paper: Yuan et al. 2024, arXiv:2405.17484. It starts with equal pairs, each its own inverse.
@@ -101,7 +101,7 @@ class Hra(Method):
         return found
 
 
-class Ia3(Method):
+class Ia3(MatrixMethod):
     """(IA)3: y' = l ∘ (W·x); on down_proj, which reads the inner activations, y' = W·(l ∘ x).
 
     Paper: Liu et al. 2022, arXiv:2205.05638: keys, values and inner activations (the default).
@@ -124,7 +124,7 @@ class Ia3(Method):
         return matrix.num_in if matrix.name.endswith("down_proj") else matrix.num_out
 
 
-class Miss(Method):
+class Miss(MatrixMethod):
     """MiSS: y' = W·x + Dᵀ·S(x), S sums x over its positions modulo r; D: (r, out).
 
     Paper: Kang and Yin 2024, arXiv:2409.15371.

@@ -7,13 +7,13 @@ from typing import Any
 
 from finetune.config.adapter import AdapterSection
 from finetune.llama.architecture import Architecture
-from finetune.methods.method import Matrix, Method, common, of_pattern, targeted, where
+from finetune.methods.method import Matrix, MatrixMethod, common, of_pattern, targeted, where
 
 # LoftQ is put in afterwards: PEFT's own needs CUDA (finetune.data_starts).
 _PEFT_INIT: dict[str, bool] = {"default": True, "loftq": True}
 
 
-class Lora(Method):
+class Lora(MatrixMethod):
     """LoRA: W' = W + s·B·A,  A: (r, in), B: (out, r),  s = lora_alpha / r (rsLoRA: / sqrt(r)).
 
     Paper: Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
@@ -93,7 +93,7 @@ class LoraPlus(Lora):
     name = "lora+"
 
 
-class AdaLora(Method):
+class AdaLora(MatrixMethod):
     """AdaLoRA: W' = W + s·B·diag(e)·A, s = lora_alpha / init_r; the least useful of all e are set
     to 0 on the way, until `target_r` a matrix are left on average.
 
@@ -137,7 +137,7 @@ class AdaLora(Method):
         return found
 
 
-class Vera(Method):
+class Vera(MatrixMethod):
     """VeRA: W' = W + diag(b)·B·diag(d)·A; A and B are random, frozen, and shared by all matrices.
 
     Paper: Kopiczko et al. 2023, arXiv:2310.11454 (rank 256 and more, a rate some ten times
@@ -159,7 +159,7 @@ class Vera(Method):
         return adapter.r + matrix.num_out
 
 
-class LoHa(Method):
+class LoHa(MatrixMethod):
     """LoHa: W' = W + s·(B1·A1) ∘ (B2·A2), entry by entry, s = lora_alpha / r; rank up to r².
 
     Paper: Hyeon-Woo et al. 2021, FedPara, arXiv:2108.06098.
@@ -182,7 +182,7 @@ class LoHa(Method):
         return 2 * adapter.r * (matrix.num_in + matrix.num_out)
 
 
-class LoKr(Method):
+class LoKr(MatrixMethod):
     """LoKr: W' = W + s·(C ⊗ B), Kronecker product of two small matrices, s = lora_alpha / r.
 
     in and out are each split into two factors near their square roots; B (the larger factors) is a

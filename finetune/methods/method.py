@@ -6,6 +6,7 @@ is tested against.
 
 from __future__ import annotations
 
+import abc
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Matrix:
     num_out: int
 
 
-class Method:
+class Method(abc.ABC):
     """A method: its settings -> PEFT's, and its number of trainable parameters in closed form.
 
     Attributes:
@@ -44,24 +45,36 @@ class Method:
     name: ClassVar[str]
     why_not_merged: ClassVar[str | None] = None
 
+    @abc.abstractmethod
     def peft_config(self, adapter: AdapterSection, base_name: str) -> Any:
         """PEFT's settings.
 
         Args:
             base_name: what the user wrote as the base; never made absolute.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def num_trainable(self, adapter: AdapterSection, arch: Architecture) -> int:
-        """Trainable parameters: the sum over the targeted matrices."""
-        return sum(self.num_of(matrix, adapter) for matrix in targeted(adapter, arch))
+        """Trainable parameters."""
 
-    def num_of(self, matrix: Matrix, adapter: AdapterSection) -> int:
-        """Trainable parameters on one matrix."""
-        raise NotImplementedError
-
+    @abc.abstractmethod
     def findings(self, adapter: AdapterSection, arch: Architecture) -> list[str]:
         """What does not fit this base, as `adapter.key: …`; nothing where all is well."""
+
+
+class MatrixMethod(Method):
+    """A method that acts on each targeted matrix by itself."""
+
+    @abc.abstractmethod
+    def num_of(self, matrix: Matrix, adapter: AdapterSection) -> int:
+        """Trainable parameters on one matrix."""
+
+    def num_trainable(self, adapter: AdapterSection, arch: Architecture) -> int:
+        """The sum over the targeted matrices."""
+        return sum(self.num_of(matrix, adapter) for matrix in targeted(adapter, arch))
+
+    def findings(self, adapter: AdapterSection, arch: Architecture) -> list[str]:
+        """Targets and layers that the base does not have."""
         return list(_target_findings(adapter, arch))
 
 

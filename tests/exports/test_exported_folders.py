@@ -18,6 +18,7 @@ from finetune import merge
 from finetune.__main__ import main
 from finetune.exports.card import LICENCES, generation_of
 from finetune.exports.gguf_model import gguf_name
+from finetune.exports.huggingface import is_served_by_vllm
 from finetune.llama.architecture import HUB_IDS, PRESETS
 from finetune.llama.meta_layout import meta_to_hf_rows
 from finetune.llama.weight_files import files_by_weight
@@ -95,6 +96,22 @@ def test_an_adapter_is_the_same_bytes_for_peft(run, small_base, tmp_path):
         merged = AutoModelForCausalLM.from_pretrained(run.merged)(ids).logits
     assert torch.allclose(found, merged, atol=1e-4)
     assert AutoTokenizer.from_pretrained(out).chat_template
+    assert "vllm serve" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "served"),
+    [
+        ({}, True),
+        ({"use_dora": True}, False),
+        ({"rank_pattern": {"q_proj": 2}}, False),
+        ({"peft_type": "VERA"}, False),
+    ],
+)
+def test_the_card_names_vllm_only_where_it_serves_the_adapter(tmp_path, settings, served):
+    values = {"peft_type": "LORA", "use_dora": False, "rank_pattern": {}, **settings}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    assert is_served_by_vllm(tmp_path) == served
 
 
 @pytest.mark.parametrize(
