@@ -44,12 +44,16 @@ def sha256_of_json(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces a JSON file in one step: a reader sees the old content or the new, never half."""
+    """Replaces a JSON file in one step."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file in one step: a reader sees the old content or the new, never half."""
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -139,11 +139,17 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Puts optimizer state back."""
+    """Puts the moments back; rates, decay and the like stay those of the config.
+
+    They are the same numbers unless a setting was changed on purpose, and then it is to act.
+    """
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     tensors = load_file(str(folder / f"{OPTIMIZER}.safetensors"))
     state = _with_tensors(read_json(folder / f"{OPTIMIZER}.json"), tensors)
     state["state"] = {int(index): entries for index, entries in state["state"].items()}
     optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -174,8 +180,15 @@ def save_scheduler(scheduler: Any, folder: Path) -> None:
 
 
 def load_scheduler(scheduler: Any, folder: Path) -> None:
-    """Puts the schedule's state back."""
+    """Puts the schedule where it was, with the config's own peak rates, and the rates with it."""
+    peaks = scheduler.base_lrs
     scheduler.load_state_dict(read_json(folder / SCHEDULER))
+    scheduler.base_lrs = peaks
+    shares = [share(scheduler.last_epoch) for share in scheduler.lr_lambdas]
+    rates = [peak * share for peak, share in zip(peaks, shares, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def rng_state() -> dict[str, Any]:

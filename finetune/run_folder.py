@@ -7,15 +7,16 @@ import fcntl
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from finetune.artifact import read_json, remove, sweep, write_json
+from finetune.artifact import read_json, remove, sweep, write_json, write_text
 from finetune.config import RunConfig
 from finetune.config.loader import Loaded, dump, read_run_config
+from finetune.drift import FREE, Change, changes_between, refused, remember
 from finetune.errors import InputError
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors")
@@ -90,28 +91,51 @@ class RunFolder:
         return self.state().get("state") == "finished"
 
 
-def open_run(loaded: Loaded) -> RunFolder:
+def open_run(loaded: Loaded, allowed: Sequence[str] = ()) -> RunFolder:
     """The run folder of a config, made where it is new.
 
     A folder whose only start was refused for its input holds nothing: the corrected config may
     have it.
+
+    Args:
+        allowed: settings that may differ from those the run began with.
 
     Raises:
         InputError: the folder belongs to another config; every differing key is named.
     """
     run = run_of(loaded)
     if run.config_file.exists():
-        differing = _differences(run.config(), loaded.config)
-        if not differing:
+        changes = changes_between(run.config(), loaded.config)
+        if not changes:
             return run
         if not _never_began(run):
-            hint = "choose another run.name, or remove the folder"
-            raise InputError([f"{run.path}: holds a run of another config; {hint}", *differing])
-        if (run.path / "base").is_dir():  # random weights, of the other config
+            _take_over(run, changes, allowed)
+        elif (run.path / "base").is_dir():  # random weights, of the other config
             remove(run.path / "base")
     run.path.mkdir(parents=True, exist_ok=True)
-    run.config_file.write_text(dump(loaded), encoding="utf-8")
+    write_text(run.config_file, dump(loaded))
     return run
+
+
+def _take_over(run: RunFolder, changes: Sequence[Change], allowed: Sequence[str]) -> None:
+    """Says and remembers the changes of a run that goes on, where they may be."""
+    if others := refused(changes, allowed):
+        hint = (
+            "choose another run.name, remove the folder, or allow what is meant: --allow-change KEY"
+        )
+        findings = [f"{run.path}: holds a run of another config; {hint}", *map(str, others)]
+        raise InputError(findings)
+    acting = [change for change in changes if change.key in set(allowed) - FREE]
+    if acting and run.is_finished:
+        raise InputError(
+            f"{run.path}: is finished; a change of {', '.join(c.key for c in acting)} would train "
+            "nothing. Choose another run.name"
+        )
+    latest = run.checkpoints / "latest.json"
+    step = read_json(latest)["step"] if latest.exists() else None
+    remember([c for c in changes if c.key != "run.resume"], run.path, step)
+    for change in changes:
+        print(f"changed  {change}", file=sys.stderr)
 
 
 def run_of(loaded: Loaded) -> RunFolder:
@@ -124,23 +148,6 @@ def _never_began(run: RunFolder) -> bool:
     """Whether the folder's start was refused (exit 2) before a checkpoint or a result."""
     results = (run.checkpoints, run.adapter, run.model)
     return run.state().get("exit_code") == 2 and not any(path.exists() for path in results)
-
-
-def _differences(old: RunConfig, new: RunConfig) -> list[str]:
-    before, after = _flat(old.model_dump()), _flat(new.model_dump())
-    ignored = {"run.resume"}
-    return [
-        f"{key}: the folder has {before.get(key)!r}, the config {after.get(key)!r}"
-        for key in sorted(set(before) | set(after))
-        if before.get(key) != after.get(key) and key not in ignored
-    ]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        parts = [_flat(item, f"{prefix}{key}.") for key, item in value.items()]
-        return {key: item for part in parts for key, item in part.items()}
-    return {prefix.rstrip("."): value}
 
 
 @contextlib.contextmanager

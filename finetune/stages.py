@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,13 +75,20 @@ def _refuse_other_base(run: RunFolder, fingerprint: str) -> None:
         )
 
 
-def prepare_data(config: RunConfig, run: RunFolder, base: Base, first: bool) -> RunData:
-    """Rows to documents, prepared by the first rank; the ledger is printed and saved."""
+def prepare_data(
+    config: RunConfig, run: RunFolder, base: Base, first: bool, allowed: Sequence[str] = ()
+) -> RunData:
+    """Rows to documents, prepared by the first rank; the ledger is printed and saved.
+
+    Args:
+        allowed: settings that may have changed; one of `data` may change the rows.
+    """
     with first_rank_first(first):
         data = load_data(config, base.tokenizer, base.chat_format)
     if first:
         facts = data.as_json()
-        _refuse_other_rows(run, facts)
+        if not any(key.startswith("data.") for key in allowed):
+            _refuse_other_rows(run, facts)
         artifact.write_json(run.path / "data.json", facts)
         _say("\n".join(data.lines()))
         _say(show_example(base.tokenizer, data.train[0]))

@@ -35,11 +35,14 @@ def main(argv: Sequence[str]) -> int:
         if num_ranks() > 1:
             raise InputError(f"--smoke runs in one process; this launch has {num_ranks()}")
         return run_smoke(loaded)
-    return train(loaded)
+    return train(loaded, args.allow_change)
 
 
-def train(loaded: Loaded) -> int:
+def train(loaded: Loaded, allowed: Sequence[str] = ()) -> int:
     """One run, from its config to its adapter (or model) on disk.
+
+    Args:
+        allowed: settings that may differ from those the run began with.
 
     Raises:
         FinetuneError: with the exit code of the contract; run.json says the same.
@@ -48,7 +51,7 @@ def train(loaded: Loaded) -> int:
 
     check_launch()
     _use_all_cores()
-    run = open_run(loaded) if is_first_rank() else run_of(loaded)
+    run = open_run(loaded, allowed) if is_first_rank() else run_of(loaded)
     if run.is_finished:
         _say(f"run      {run.path} is finished; nothing to do")
         return 0
@@ -59,7 +62,7 @@ def train(loaded: Loaded) -> int:
             if is_first_rank():
                 stack.enter_context(locked(run))
                 stack.enter_context(_state_recorded(run))
-            _train(loaded, run)
+            _train(loaded, run, allowed)
     except Interrupted:
         leave_ranks()
         raise
@@ -67,14 +70,14 @@ def train(loaded: Loaded) -> int:
     return 0
 
 
-def _train(loaded: Loaded, run: RunFolder) -> None:
+def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> None:
     from finetune import stages
     from finetune.monitor import Progress, StepMetrics, StopAtBoundary, stop_on_signals
     from finetune.recipes import RECIPES
 
     config = loaded.config
     base = stages.prepare_base(config, run, is_first_rank())
-    data = stages.prepare_data(config, run, base, is_first_rank())
+    data = stages.prepare_data(config, run, base, is_first_rank(), allowed)
     model = stages.prepare_model(config, run, base, data, is_first_rank())
     parts = stages.gather_parts(config, run, base, data, model, num_ranks())
     trainer = RECIPES[config.recipe](parts)
@@ -191,6 +194,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m finetune train", description=main.__doc__)
     parser.add_argument("config", help="a YAML config, e.g. configs/lora_nano.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. train.learning_rate=1e-4")
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="lets a run go on with another value of a setting, e.g. train.learning_rate; repeat",
+    )
     parser.add_argument(
         "--smoke",
         action="store_true",

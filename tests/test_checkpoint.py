@@ -63,13 +63,21 @@ class TestContents:
         checkpoint.save_weights(model, tmp_path)
         checkpoint.save_optimizer(optimizer, tmp_path)
         other = small_model(seed=1)
-        fresh = optimizer_class(other.parameters(), lr=0.5, **settings)
+        fresh = optimizer_class(other.parameters(), lr=0.1, **settings)
         checkpoint.load_weights(other, tmp_path)
         checkpoint.load_optimizer(fresh, tmp_path)
         for step in range(3, 6):
             _step(model, optimizer, step)
             _step(other, fresh, step)
         assert same_bits(dict(model.named_parameters()), dict(other.named_parameters()))
+
+    def test_the_settings_of_the_config_stand(self, tmp_path):
+        """A changed rate or decay is to act, and an unchanged one is the same number."""
+        _, optimizer = trained_model(torch.optim.AdamW, weight_decay=0.1)
+        checkpoint.save_optimizer(optimizer, tmp_path)
+        fresh = torch.optim.AdamW(small_model(seed=1).parameters(), lr=0.5, weight_decay=0.2)
+        checkpoint.load_optimizer(fresh, tmp_path)
+        assert {(g["lr"], g["weight_decay"]) for g in fresh.param_groups} == {(0.5, 0.2)}
 
     def test_only_trained_parameters_are_saved(self, tmp_path):
         model = small_model()

@@ -23,7 +23,7 @@ LINES = (
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
     " pages llama.presets ngrams mojibake hashing copies",
     "config overlap cache",
-    "methods identity starts layer_merge rank_schedule",
+    "methods identity starts layer_merge rank_schedule drift",
     "llama fast run_folder ledger suspicion hub",
     "data_starts",
     "adapters",
@@ -53,7 +53,7 @@ ALLOWED_UPWARDS = {("train", "smoke")}
 
 LIGHT = {"errors", "artifact", "cache", "config", "run_folder", "files", "shapes", "ledger"}
 LIGHT |= {"plan", "ngrams", "overlap", "suspicion", "mojibake", "prepared", "mixture", "report"}
-LIGHT |= {"pages", "methods"}
+LIGHT |= {"pages", "methods", "drift"}
 WITHOUT_TORCH = sorted(LIGHT | {name for name in LEVELS if name.startswith("llama.")})
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
 
