@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from finetune.errors import CannotContinue, CheckFailed, InputError
 WEIGHTS = "trained.safetensors"
 OPTIMIZER = "optimizer"
 SCHEDULER = "scheduler.json"
+WATCH = "watch.json"  # what the rolling statistics of spikes have seen
 LATEST = "latest.json"
 _TENSOR = "__tensor__"  # stands in JSON where a tensor was
 
@@ -87,6 +89,33 @@ def prune(checkpoints: Path, keep: int) -> None:
     """Removes the oldest beyond `keep`; each is un-published before it is deleted."""
     for path in list_checkpoints(checkpoints)[:-keep]:
         artifact.remove(path)
+
+
+_MOMENTS = {"sgd": 0.0, "adamw_8bit": 0.5, "paged_adamw_8bit": 0.5}  # of the weights' bytes
+_SPARE_BYTES = 16 << 20  # RNG states, JSON, what the file system itself takes
+
+
+def refuse_small_disk(model: torch.nn.Module, optim: str, keep: int, folder: Path) -> None:
+    """Compares the disk with what a run's checkpoints and its result will take.
+
+    Args:
+        optim: `train.optim`.
+        keep: checkpoints kept; one more is there while it is written.
+        folder: of the run.
+
+    Raises:
+        CannotContinue: they do not fit.
+    """
+    weights = sum(p.numel() * p.element_size() for p in trained_parameters(model).values())
+    one = int(weights * (1 + _MOMENTS.get(optim, 2.0))) + _SPARE_BYTES
+    needed = one * (keep + 1 - len(list_checkpoints(folder / "checkpoints"))) + weights
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CannotContinue(
+            f"{folder}: {free:,} bytes are free; {keep} checkpoints of {one:,} bytes, one more "
+            f"while it is written, and the result need {needed:,}. Make room, choose another "
+            "run.dir, or keep fewer (train.save_total_limit)"
+        )
 
 
 def write_latest(checkpoints: Path, step: int) -> None:

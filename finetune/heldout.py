@@ -103,6 +103,15 @@ def score_rows(
     return rows
 
 
+def document_losses(
+    model: torch.nn.Module, documents: Sequence[Document], device: torch.device
+) -> list[float]:
+    """The loss sum of each document by itself, whatever number it is."""
+    with evaluating(model):
+        rows = [to_device(pack([(d.input_ids, d.train_mask)]), device) for d in documents]
+        return [float(token_losses(model, row).double().sum()) for row in rows]
+
+
 def total_of(rows: Sequence[tuple[float, int]]) -> HeldoutLoss:
     """The sums over all rows.
 

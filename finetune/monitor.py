@@ -158,7 +158,11 @@ class StepMetrics(TrainerCallback):
             grad_norm=trainer.step_grad_norm,
             learning_rate=trainer.step_learning_rate,
             seconds=round(seconds, 4),
+            **({"spikes": [str(s) for s in trainer.step_spikes]} if trainer.step_spikes else {}),
         )
+        for spike in trainer.step_spikes:
+            done = " (skipped)" if trainer.ours.on_spike == "skip" else ""
+            print(f"spike    step {state.global_step}{done}: {spike}", file=sys.stderr)
         self.progress.step(state.global_step, trainer.step_loss, trainer.step_num_tokens, seconds)
 
     def on_evaluate(

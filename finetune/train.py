@@ -71,9 +71,10 @@ def train(loaded: Loaded, allowed: Sequence[str] = ()) -> int:
 
 
 def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> None:
-    from finetune import stages
+    from finetune import checkpoint, stages
     from finetune.monitor import Progress, StepMetrics, StopAtBoundary, stop_on_signals
     from finetune.recipes import RECIPES
+    from finetune.watchdog import frozen_checksums, refuse_changed
 
     config = loaded.config
     base = stages.prepare_base(config, run, is_first_rank())
@@ -81,9 +82,12 @@ def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> None:
     model = stages.prepare_model(config, run, base, data, is_first_rank())
     parts = stages.gather_parts(config, run, base, data, model, num_ranks())
     trainer = RECIPES[config.recipe](parts)
+    frozen = frozen_checksums(model)
     _check_ranks(trainer.accelerator.num_processes)
     if is_first_rank():
         _say(stages.describe_steps(parts, trainer.ours.plan))
+        keep = config.train.save_total_limit
+        checkpoint.refuse_small_disk(model, config.train.optim, keep, run.path)
     resumed = stages.choose_checkpoint(parts, run, is_first_rank())
     with stop_on_signals() as flag:
         stop = StopAtBoundary(flag)
@@ -100,6 +104,7 @@ def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> None:
                 trainer.evaluate()
         finally:
             metrics.close()
+    refuse_changed(frozen, model)
     stages.publish(run, base, trainer, is_first_rank())
 
 

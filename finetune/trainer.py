@@ -8,6 +8,7 @@ loss (`evaluate`). Source of the facts about the engine: the installed transform
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +21,14 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer, TrainerControl
 
 from finetune import checkpoint
-from finetune.artifact import staged
+from finetune.artifact import read_json, staged, write_json
 from finetune.errors import CannotContinue
 from finetune.fast.loss import IGNORED, Packed, token_losses
-from finetune.heldout import HeldoutLoss, score_rows, total_of
-from finetune.packing import BatchPlan, PackLoader, PackSampler, TokenizedRows
+from finetune.heldout import HeldoutLoss, document_losses, score_rows, total_of
+from finetune.packing import FILLER, BatchPlan, PackLoader, PackSampler, TokenizedRows
 from finetune.prepared import Document, PreparedDocuments
 from finetune.rank_schedule import RankSchedule
+from finetune.watchdog import Spike, SpikeWatch, StillnessWatch, not_finite
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class TrainerInputs:
         eval_batch_size: documents in one forward pass of the held-out loss.
         lr_ratio: learning rate of LoRA's B over that of A (LoRA+); None where it is one rate.
         ranks: AdaLoRA's schedule; None for every other method.
+        on_spike: record, skip or stop.
     """
 
     train: PreparedDocuments
@@ -54,6 +57,7 @@ class TrainerInputs:
     eval_batch_size: int
     lr_ratio: float | None = None
     ranks: RankSchedule | None = None
+    on_spike: str = "record"
 
 
 class OurSeams(Trainer):
@@ -67,12 +71,15 @@ class OurSeams(Trainer):
     step_num_tokens: int = 0  # all tokens of the last step, over all ranks
     step_grad_norm: float = math.nan
     step_learning_rate: float = math.nan
+    step_spikes: tuple[Spike, ...] = ()
     last_heldout: tuple[int, HeldoutLoss] | None = None
 
     def set_inputs(self, inputs: TrainerInputs) -> None:
         """Hands over the documents; the loss is divided by the step's tokens by ourselves."""
         self.ours = inputs
         self.loss_is_scaled_for_ga = True
+        self.spikes, self._num_steps = SpikeWatch(), 0
+        self._stillness = StillnessWatch(self.model)
         if inputs.ranks is not None:
             self.add_callback(inputs.ranks)
 
@@ -147,11 +154,47 @@ class OurSeams(Trainer):
         self.step_loss = total / max(self.step_tokens, 1)
         self.step_grad_norm, self.step_learning_rate = norm, self._get_learning_rate()
         if not math.isfinite(self.step_loss) or not math.isfinite(norm):
-            raise CannotContinue(
-                f"step {self.state.global_step + 1}: loss is {self.step_loss}, gradient norm "
-                f"{norm}; stopped before the weights moved. Try a lower learning rate"
-            )
+            raise CannotContinue(self._what_is_not_finite(model, norm))
+        self._watch(model, norm)
         return norm
+
+    def _watch(self, model: torch.nn.Module, norm: float) -> None:
+        """Spikes by the config's policy, and weights that stand still."""
+        self._num_steps += 1
+        self._stillness.look(self._num_steps, self.step_learning_rate)
+        self.step_spikes = ()
+        if self.step_tokens:
+            self.step_spikes = tuple(self.spikes.look(self.step_loss, norm))
+        if not self.step_spikes or self.ours.on_spike == "record":
+            return
+        found = f"step {self.state.global_step + 1}: {'; '.join(map(str, self.step_spikes))}"
+        if self.ours.on_spike == "stop":
+            raise CannotContinue(f"{found}; stopped by train.on_spike before the weights moved")
+        model.zero_grad(set_to_none=True)
+
+    def _what_is_not_finite(self, model: torch.nn.Module, norm: float) -> str:
+        """Which tensors and rows: the weights have not moved yet, so the rows are asked again."""
+        weights = not_finite(model.named_parameters())
+        gradients = not_finite((n, p.grad) for n, p in model.named_parameters())
+        rows = [place for place, loss in self._losses_of_step() if not math.isfinite(loss)]
+        found = [
+            f"step {self.state.global_step + 1}: loss is {self.step_loss}, gradient norm {norm}",
+            *(f"weights not finite: {', '.join(weights)}" for _ in weights[:1]),
+            *(f"gradients not finite: {', '.join(gradients)}" for _ in gradients[:1]),
+            *(f"rows whose loss is not finite: {', '.join(rows[:8])}" for _ in rows[:1]),
+        ]
+        return f"{'; '.join(found)}. Stopped before the weights moved. Try a lower learning rate"
+
+    def _losses_of_step(self) -> list[tuple[str, float]]:
+        """Place and loss of this rank's documents of the step, each by itself."""
+        plan, step = self.ours.plan, self.state.global_step
+        epoch, place = divmod(step, plan.steps_per_epoch)
+        batches = plan.epoch(self.ours.seed, epoch, self.args.process_index)
+        mine = itertools.islice(batches, place * plan.accumulation, (place + 1) * plan.accumulation)
+        chosen = [index for batch in mine for index in batch if index != FILLER]
+        documents = [self.ours.train[index] for index in chosen]
+        losses = document_losses(self.model, documents, self.args.device)
+        return [(d.example.where, loss) for d, loss in zip(documents, losses, strict=True)]
 
     # --- evaluation ---------------------------------------------------------------------------
 
@@ -196,6 +239,7 @@ class OurSeams(Trainer):
             checkpoint.save_rng(rng_states, stage)
             if self.ours.ranks is not None:
                 self.ours.ranks.save(stage)
+            write_json(stage / checkpoint.WATCH, self.spikes.state())
             self.state.save_to_json(str(stage / "trainer_state.json"))
         checkpoint.write_latest(self.ours.checkpoints, step)
         checkpoint.prune(self.ours.checkpoints, self.ours.save_total_limit)
@@ -207,6 +251,7 @@ class OurSeams(Trainer):
         if checkpoint_path is not None:
             checkpoint.load_optimizer(self.optimizer, Path(checkpoint_path))
             checkpoint.load_scheduler(self.lr_scheduler, Path(checkpoint_path))
+            self.spikes.restore(read_json(Path(checkpoint_path) / checkpoint.WATCH))
             if self.ours.ranks is not None:
                 self.ours.ranks.load(Path(checkpoint_path))
 

@@ -19,14 +19,14 @@ SHORT = ("train.max_steps=6", "train.save_steps=2")
 
 
 def on_step(monkeypatch, action, last_step):
-    """Calls `action(trainer)` at the end of a step of every run that follows."""
+    """Calls `action(trainer)` at the end of a step (None: of each) of every run that follows."""
 
     class AtStep(TrainerCallback):
         def __init__(self, trainer) -> None:
             self.trainer = trainer
 
         def on_step_end(self, args, state, control, **_):
-            if state.global_step == last_step:
+            if last_step in (None, state.global_step):
                 action(self.trainer)
 
     def with_action(parts, build=RECIPES["sft"]):

@@ -81,6 +81,10 @@ class TrainSection(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this norm; 0 switches clipping off."""
 
+    on_spike: Literal["record", "skip", "stop"] = "record"
+    """What a loss or gradient norm over six deviations above the last 128 steps does: it is written
+    to metrics.jsonl; with `skip` the step moves no weight, with `stop` the run ends."""
+
     optim: Literal[
         "adamw_torch",
         "adamw_torch_fused",

@@ -56,6 +56,7 @@ def trainer_inputs(parts: Parts) -> TrainerInputs:
         eval_batch_size=config.eval.per_device_eval_batch_size,
         lr_ratio=config.adapter.loraplus_lr_ratio if config.adapter.method == "lora+" else None,
         ranks=_rank_schedule(parts, plan),
+        on_spike=config.train.on_spike,
     )
 
 

@@ -23,7 +23,7 @@ LINES = (
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
     " pages llama.presets ngrams mojibake hashing copies",
     "config overlap cache",
-    "methods identity starts layer_merge rank_schedule drift",
+    "methods identity starts layer_merge rank_schedule drift watchdog",
     "llama fast run_folder ledger suspicion hub",
     "data_starts",
     "adapters",
