@@ -30,7 +30,7 @@ class BaseIdentity:
         chat_format: name of the prompt format; None for plain text.
         chat_format_sha256: of the format's template with its date; None for plain text.
         vocab_size: rows of the embedding.
-        merged_adapter_sha256: where the base is a merged model, of the adapter in it.
+        merged_adapters: where the base is a merged model, the sha256 of every adapter in it.
     """
 
     fingerprint: str
@@ -38,7 +38,7 @@ class BaseIdentity:
     chat_format: str | None
     chat_format_sha256: str | None
     vocab_size: int
-    merged_adapter_sha256: str | None = None
+    merged_adapters: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """The part of an adapter's manifest that is about its base."""
@@ -61,12 +61,13 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return artifact.sha256_of_json(kept)
 
 
-def merged_adapter_of(folder: Path) -> str | None:
-    """The sha256 of the adapter that was merged into a model folder; None where none was."""
+def merged_adapters_of(folder: Path) -> tuple[str, ...]:
+    """The sha256 of every adapter that a model folder's manifest says was merged into it."""
     if not (folder / artifact.MANIFEST).is_file():
-        return None
+        return ()
     facts = artifact.read_manifest(folder)["facts"]
-    return facts.get("adapter_sha256") if facts.get("kind") == "merged" else None
+    own = [facts["adapter_sha256"]] if facts.get("kind") == "merged" else []
+    return tuple(facts.get("merged_adapters", own))
 
 
 def adapter_facts(folder: Path) -> dict[str, Any]:
@@ -114,8 +115,8 @@ def _refuse_edited_settings(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _refuse_other_base(folder: Path, facts: Mapping[str, Any], base: BaseIdentity) -> None:
-    if base.merged_adapter_sha256 is not None:
-        own = artifact.sha256_of(folder / ADAPTER_FILES[1]) == base.merged_adapter_sha256
+    if base.merged_adapters:
+        own = artifact.sha256_of(folder / ADAPTER_FILES[1]) in base.merged_adapters
         which = "this adapter is in it already" if own else "another adapter is in it"
         if facts.get("base_fingerprint") != base.fingerprint:
             raise CheckFailed(f"{folder}: the base is a merged model; {which}")

@@ -23,7 +23,7 @@ SHARED = ("base_model.vera_A", "base_model.vera_B")
 def merged_weight(
     config: PeftConfig, tensors: Mapping[str, torch.Tensor], module: str, weight: torch.Tensor
 ) -> torch.Tensor:
-    """The weight of one layer with the adapter in it, in float32.
+    """The weight of one layer with the adapter in it, in float32; in float64 where the base's is.
 
     Args:
         config: PEFT's settings of the adapter, as `PeftConfig.from_pretrained(folder)` reads them.
@@ -37,13 +37,14 @@ def merged_weight(
     """
     devices = [weight.device] if weight.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):  # PEFT draws a start that is overwritten at once
-        peft_model = get_peft_model(_one_layer(module, weight), _settings_for(config, module))
+        peft_model = get_peft_model(one_layer(module, weight), settings_for(config, module))
     _load_strictly(peft_model, tensors, module)
     try:
         merged = peft_model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise CheckFailed(f"{module}: {error}") from error
-    return merged.get_submodule(module).weight.detach().float()
+    found: torch.Tensor = merged.get_submodule(module).weight.detach()
+    return found
 
 
 def tensors_of(tensors: Mapping[str, torch.Tensor], module: str) -> dict[str, torch.Tensor]:
@@ -52,11 +53,13 @@ def tensors_of(tensors: Mapping[str, torch.Tensor], module: str) -> dict[str, to
     return own | {name: tensors[name] for name in SHARED if own and name in tensors}
 
 
-def _one_layer(module: str, weight: torch.Tensor) -> torch.nn.Module:
+def one_layer(module: str, weight: torch.Tensor) -> torch.nn.Module:
     """A model whose only layer has the name that patterns and layer numbers are matched against."""
     with torch.device("meta"):
         layer = _bare_layer(module, weight)
-    layer.weight = torch.nn.Parameter(weight.detach().float().clone(), requires_grad=False)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    numbers = weight.detach().to(dtype, copy=True)
+    layer.weight = torch.nn.Parameter(numbers, requires_grad=False)
     root = torch.nn.Module()
     *parents, last = module.split(".")
     place = root
@@ -76,7 +79,8 @@ def _bare_layer(module: str, weight: torch.Tensor) -> Any:
     return torch.nn.Linear(num_in, num_out, bias=False)
 
 
-def _settings_for(config: PeftConfig, module: str) -> Any:
+def settings_for(config: PeftConfig, module: str) -> Any:
+    """An adapter's settings for such a model."""
     settings = copy.deepcopy(config)
     settings.task_type = None  # a bare layer has none
     settings.inference_mode = True
@@ -103,4 +107,5 @@ def _load_strictly(
             if shapes.get(name) != found.get(name)
         ]
         raise CheckFailed(f"{module}: the adapter's tensors do not fit: {'; '.join(differing)}")
-    set_peft_model_state_dict(model, {name: t.float() for name, t in tensors.items()})
+    dtypes = {name: tensor.dtype for name, tensor in expected.items()}
+    set_peft_model_state_dict(model, {name: t.to(dtypes[name]) for name, t in tensors.items()})

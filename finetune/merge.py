@@ -20,24 +20,33 @@ from typing import Any
 from finetune import artifact
 from finetune.adapters import ADAPTER_FILES
 from finetune.errors import InputError
-from finetune.merging.checks import adapters_in, check
+from finetune.identity import merged_adapters_of
+from finetune.merging.checks import check
+from finetune.merging.combine import combined_updates
+from finetune.merging.members import WAYS, Combination, asked_for, read_members
 from finetune.merging.plan import TARGETS, MergePlan, planned_files
-from finetune.merging.update import read_updates
+from finetune.merging.update import Update, read_updates
 from finetune.merging.writing import write_merged
 from finetune.model import DTYPES, find_base
 from finetune.proof import prove
 from finetune.run_folder import RunFolder, find_run, locked
 
 
-def plan_merge(run: RunFolder, dtype: str | None = None, target: str | None = None) -> MergePlan:
+def plan_merge(
+    run: RunFolder,
+    dtype: str | None = None,
+    target: str | None = None,
+    combination: Combination | None = None,
+) -> MergePlan:
     """Reads adapter and base and matches them, tensor by tensor.
 
     Args:
         dtype: of the merged weights; the base's if None.
         target: `full` or `dequantized`; if None, the weights the run was trained on.
+        combination: of the run's adapter and others; None for the run's alone.
 
     Raises:
-        InputError: no adapter, or a target without effect.
+        InputError: no adapter, a target without effect, or adapters that are not combined.
         CheckFailed: damaged adapter, or one that is not merged.
     """
     config = run.config()
@@ -53,7 +62,7 @@ def plan_merge(run: RunFolder, dtype: str | None = None, target: str | None = No
         raise InputError("--base dequantized: the run's base is not quantised")
     artifact.verify(run.adapter)
     base = find_base(config, run.path)
-    updates = read_updates(run.adapter)
+    updates = _updates(run, combination, target)
     merged_dtype = dtype or config.base.dtype
     return MergePlan(
         base=base,
@@ -64,18 +73,32 @@ def plan_merge(run: RunFolder, dtype: str | None = None, target: str | None = No
         quantization=quantization,
         target=target or ("full" if quantization == "none" else "dequantized"),
         files=planned_files(base, updates, merged_dtype),
+        combination=combination,
     )
 
 
+def _updates(
+    run: RunFolder, combination: Combination | None, target: str | None
+) -> dict[str, Update]:
+    if combination is None:
+        return read_updates(run.adapter)
+    return combined_updates(combination, read_members(combination, target))
+
+
 def merge(
-    run: RunFolder, out: Path | None = None, dtype: str | None = None, target: str | None = None
+    run: RunFolder,
+    out: Path | None = None,
+    dtype: str | None = None,
+    target: str | None = None,
+    combination: Combination | None = None,
 ) -> dict[str, Any]:
-    """Merges a run's adapter and proves it.
+    """Merges a run's adapter, alone or with others, and proves it.
 
     Args:
         out: where to; the run's `merged/` if None.
         dtype: of the merged weights; the base's if None.
         target: of a quantised run: `full` or `dequantized` base weights.
+        combination: of the run's adapter and others; None for the run's alone.
 
     Returns:
         what merge.json says.
@@ -83,7 +106,7 @@ def merge(
     Raises:
         CheckFailed: a check or the proof failed; nothing is published.
     """
-    folder, plan = out or run.merged, plan_merge(run, dtype, target)
+    folder, plan = out or run.merged, plan_merge(run, dtype, target, combination)
     if folder.exists():
         return _already_merged(run, plan, folder, _facts(plan))
     with locked(run):
@@ -110,20 +133,21 @@ def _sweep(folder: Path) -> None:
 
 
 def _facts(plan: MergePlan) -> dict[str, Any]:
-    adapter = artifact.sha256_of(plan.adapter / ADAPTER_FILES[1])
+    adapters = [artifact.sha256_of(folder / ADAPTER_FILES[1]) for folder in plan.adapters]
     return {
         "kind": "merged",
         "base": plan.base.name,
         "base_weights": plan.target,
-        "adapter_sha256": adapter,
-        "merged_adapters": [*adapters_in(plan.base.folder), adapter],
+        "adapter_sha256": adapters[0],
+        "merged_adapters": [*merged_adapters_of(plan.base.folder), *adapters],
+        **(plan.combination.facts() if plan.combination else {}),
         "dtype": plan.dtype,
         "tied": plan.is_tied,
     }
 
 
 def _proven(run: RunFolder, plan: MergePlan, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    proof = prove(run, plan.base, folder, plan.target)
+    proof = prove(run, plan.base, folder, plan.target, plan.combination)
     return {**facts, "matrices": len(plan.updates), "proof": proof}
 
 
@@ -146,6 +170,20 @@ def _already_merged(
 
 def main(argv: Sequence[str]) -> int:
     """The verb `merge`."""
+    args = _parse(argv)
+    run = find_run(args.run, need="adapter")
+    how = (args.combine, args.density, args.seed)
+    combination = asked_for(run, args.add, args.weight, *how)
+    if args.plan:
+        return _show_plan(run, args, combination)
+    result = merge(run, args.out, args.dtype, args.base, combination)
+    _say(f"merged   {args.out or run.merged}: {_sentence(result)}")
+    if args.json:
+        print(json.dumps(result, indent=2))
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m finetune merge", description=__doc__)
     parser.add_argument("run", nargs="?", help="a run folder; left out: the newest run")
     parser.add_argument("--out", type=Path, help="folder to write (default: RUN/merged)")
@@ -157,19 +195,36 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--plan", action="store_true", help="plan and check, write nothing")
     parser.add_argument("--json", action="store_true", help="print merge.json (or the plan)")
-    args = parser.parse_args(list(argv))
-    run = find_run(args.run, need="adapter")
-    if args.plan:
-        return _show_plan(run, args)
-    result = merge(run, args.out, args.dtype, args.base)
-    _say(f"merged   {args.out or run.merged}: {_sentence(result)}")
-    if args.json:
-        print(json.dumps(result, indent=2))
-    return 0
+    _add_combining(parser.add_argument_group("several adapters at once"))
+    return parser.parse_args(list(argv))
 
 
-def _show_plan(run: RunFolder, args: argparse.Namespace) -> int:
-    plan = plan_merge(run, args.dtype, args.base)
+def _add_combining(group: Any) -> None:
+    group.add_argument(
+        "--add",
+        action="append",
+        default=[],
+        metavar="PATH:WEIGHT",
+        help="another run or adapter folder of the same base, and its weight; may be repeated",
+    )
+    group.add_argument("--weight", type=float, help="of the run's own adapter (default: 1)")
+    group.add_argument(
+        "--combine",
+        choices=WAYS,
+        help="cat (default): the weighted sum of the updates; linear: A and B summed apart, which "
+        "adds products of one adapter's B and another's A; ties, dare_linear, dare_ties: the same "
+        "after pruning A and B. Details: docs/recipes.md",
+    )
+    group.add_argument(
+        "--density", type=float, help="share of A and B that ties and dare keep, above 0 to 1"
+    )
+    group.add_argument("--seed", type=int, help="of what dare drops (default: 0)")
+
+
+def _show_plan(
+    run: RunFolder, args: argparse.Namespace, combination: Combination | None = None
+) -> int:
+    plan = plan_merge(run, args.dtype, args.base, combination)
     _say("\n".join(plan.lines()))
     check(plan, args.out or run.merged)
     if args.json:

@@ -30,7 +30,7 @@ from finetune.config.base import BaseSection
 from finetune.errors import CannotContinue, InputError
 from finetune.fast.attention import register
 from finetune.hub import download
-from finetune.identity import BaseIdentity, merged_adapter_of, tokenizer_hash
+from finetune.identity import BaseIdentity, merged_adapters_of, tokenizer_hash
 from finetune.llama.architecture import (
     HUB_IDS,
     Architecture,
@@ -92,7 +92,7 @@ class Base:
             if style
             else None,
             vocab_size=self.architecture.vocab_size,
-            merged_adapter_sha256=merged_adapter_of(self.folder),
+            merged_adapters=merged_adapters_of(self.folder),
         )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from finetune import artifact
 from finetune.data import load_data, load_heldout
 from finetune.errors import CheckFailed
 from finetune.inference import Sampling, continue_prompts, open_folder, open_variant
+from finetune.merging.members import Combination
 from finetune.model import DTYPES, Base
 from finetune.prepared import Document
+from finetune.proof_combined import CombinedByPeft
 from finetune.proof_layers import Stream, compare_heads, run_layers
 from finetune.proof_weights import WEIGHT_ULPS, WeightCheck, bnb_dequantized
 from finetune.run_folder import RunFolder
-from finetune.skeleton import Weights, attached_skeleton, plain_skeleton
+from finetune.skeleton import AdapterFolder, Weights, attached_skeleton, plain_skeleton
 
 NUM_ROWS = 32
 NUM_TOKENS = 8192
@@ -57,12 +59,19 @@ TOLERANCES = {
 }
 
 
-def prove(run: RunFolder, base: Base, folder: Path, target: str = "full") -> dict[str, Any]:
+def prove(
+    run: RunFolder,
+    base: Base,
+    folder: Path,
+    target: str = "full",
+    combination: Combination | None = None,
+) -> dict[str, Any]:
     """Compares a merged folder with the run's base and adapter.
 
     Args:
         folder: the merged model.
         target: `full`, or `dequantized`: the base's weights as they were while training.
+        combination: where the run's adapter was merged together with others.
 
     Returns:
         the differences, as in merge.json.
@@ -74,7 +83,8 @@ def prove(run: RunFolder, base: Base, folder: Path, target: str = "full") -> dic
     begun = time.monotonic()
     documents = _proof_documents(run, base)
     rows = [document.input_ids for document in documents]
-    streams = _streams(run, base, folder, target)
+    combined = CombinedByPeft(combination) if combination else None
+    streams = _streams(run, base, folder, target, combined)
     dtype = str(streams[1].skeleton.dtype).removeprefix("torch.")
     weights = WeightCheck(base, streams[0].weights, streams[1].weights)
     run_layers(base, streams, rows, weights.layer)
@@ -86,7 +96,7 @@ def prove(run: RunFolder, base: Base, folder: Path, target: str = "full") -> dic
         "rows": len(rows),
         **weights.as_json(),
         **logits.as_json([len(ids) for ids in rows]),
-        **_compare_text(run, folder, documents),
+        **_compare_text(run, folder, documents, combined),
     }
     if from_trained:
         chosen, other = (max(float(d.kl().mean()), 0.0) for d in from_trained)
@@ -100,9 +110,11 @@ def prove(run: RunFolder, base: Base, folder: Path, target: str = "full") -> dic
     return {**result, "seconds": round(time.monotonic() - begun, 2)}
 
 
-def _streams(run: RunFolder, base: Base, folder: Path, target: str) -> list[Stream]:
+def _streams(
+    run: RunFolder, base: Base, folder: Path, target: str, combined: CombinedByPeft | None
+) -> list[Stream]:
     """Attached, merged; of a quantised run also the model trained and the other way to merge."""
-    section = run.config().base
+    section, adapter = run.config().base, combined or AdapterFolder(run.adapter)
     trained = DTYPES[section.dtype]
     merged = DTYPES[artifact.read_json(folder / "config.json")["dtype"]]
     # The same weights computed in two types differ by more than the merge: float32 decides.
@@ -114,13 +126,13 @@ def _streams(run: RunFolder, base: Base, folder: Path, target: str) -> list[Stre
     )
     chosen, other = (full, rounded) if target == "full" else (rounded, full)
     streams = [
-        Stream(attached_skeleton(base, run.adapter, dtype), chosen),
+        Stream(attached_skeleton(base, adapter, dtype), chosen),
         Stream(plain_skeleton(base, merged), Weights(folder)),
     ]
     if section.quantization != "none":
         streams += [
-            Stream(attached_skeleton(base, run.adapter, trained, section), full),
-            Stream(attached_skeleton(base, run.adapter, trained), other),
+            Stream(attached_skeleton(base, adapter, trained, section), full),
+            Stream(attached_skeleton(base, adapter, trained), other),
         ]
     return streams
 
@@ -168,12 +180,16 @@ def _few(documents: Sequence[Document]) -> list[Document]:
     return kept
 
 
-def _compare_text(run: RunFolder, folder: Path, documents: Sequence[Document]) -> dict[str, Any]:
+def _compare_text(
+    run: RunFolder, folder: Path, documents: Sequence[Document], combined: CombinedByPeft | None
+) -> dict[str, Any]:
     """Greedy text of both models, where they fit into memory together."""
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if 2 * num_bytes > TEXT_BYTES:
         return {"text": "next tokens only: too large for greedy text", "prompts": 0, "same_text": 0}
-    attached = open_variant(run, "adapter", full_precision=True)
+    attached = open_variant(run, "base" if combined else "adapter", full_precision=True)
+    if combined:
+        attached = replace(attached, model=combined.attach(attached.model))
     merged = open_folder(folder, run.config(), name="merged")
     if merged.model.dtype != attached.model.dtype:
         attached.model.float()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftConfig, get_peft_model
@@ -64,18 +64,57 @@ class Weights:
             return self._change(name, file.get_slice(name)[start:stop].clone())
 
 
+class AdapterSource(Protocol):
+    """An adapter whose numbers are asked for one tensor at a time."""
+
+    def config(self) -> PeftConfig:
+        """PEFT's settings of it."""
+        ...
+
+    def names(self) -> set[str]:
+        """Its tensors, as in PEFT's file."""
+        ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One of them, in the type it is computed in."""
+        ...
+
+
+class AdapterFolder:
+    """An adapter in PEFT's format, float32."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._weights = folder, str(folder / ADAPTER_FILES[1])
+
+    def config(self) -> PeftConfig:
+        """As PEFT reads them."""
+        return PeftConfig.from_pretrained(str(self._folder))
+
+    def names(self) -> set[str]:
+        """Of all its tensors."""
+        with safe_open(self._weights, framework="pt") as file:
+            return set(file.keys())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One of them, float32."""
+        with safe_open(self._weights, framework="pt") as file:
+            return file.get_tensor(name).float()
+
+
 class Skeleton:
     """A Llama on the meta device, with or without an adapter.
 
     Attributes:
-        dtype: what its own weights are computed in; an adapter's stay float32.
+        dtype: what its own weights are computed in; an adapter's stay as their source has them.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, adapter: Path | None = None) -> None:
+    def __init__(
+        self, model: Any, dtype: torch.dtype, adapter: AdapterSource | None = None
+    ) -> None:
         self.dtype = dtype
         self._model, self._adapter = model, adapter
         self._llama: LlamaForCausalLM = model if adapter is None else model.get_base_model()
-        self._adapter_names = self._names_in(adapter) if adapter else set()
+        self._adapter_names = adapter.names() if adapter else set()
 
     @property
     def layers(self) -> Any:
@@ -90,7 +129,7 @@ class Skeleton:
     def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
         """What PEFT's layers expect of an adapter's file, without its prefix."""
         return {
-            name.replace(".default", ""): tuple(parameter.shape)
+            name_in_file(name): tuple(parameter.shape)
             for name, parameter in self._llama.named_parameters()
             if ".default" in name
         }
@@ -114,20 +153,20 @@ class Skeleton:
     def _parameter(
         self, name: str, old: Any, module: torch.nn.Module, weights: Weights
     ) -> torch.nn.Parameter:
-        key = PREFIX + name.replace(".default", "")
+        key = PREFIX + name_in_file(name)
         if key in self._adapter_names:
             assert self._adapter is not None
-            with safe_open(str(self._adapter / ADAPTER_FILES[1]), framework="pt") as file:
-                return torch.nn.Parameter(file.get_tensor(key).float(), requires_grad=False)
+            return torch.nn.Parameter(self._adapter.tensor(key), requires_grad=False)
         tensor = weights.tensor(name.replace(".base_layer", "")).to(self.dtype)
         if type(old) is not torch.nn.Parameter:
             return quantized_like(old, tensor, module)
         return torch.nn.Parameter(tensor, requires_grad=False)
 
-    @staticmethod
-    def _names_in(adapter: Path) -> set[str]:
-        with safe_open(str(adapter / ADAPTER_FILES[1]), framework="pt") as file:
-            return set(file.keys())
+
+def name_in_file(name: str) -> str:
+    """A parameter's name as PEFT writes it: without the adapter's, and DoRA's without `weight`."""
+    name = name.replace(".default", "")
+    return name.removesuffix(".weight") if ".lora_magnitude_vector." in name else name
 
 
 def plain_skeleton(base: Base, dtype: torch.dtype) -> Skeleton:
@@ -137,7 +176,7 @@ def plain_skeleton(base: Base, dtype: torch.dtype) -> Skeleton:
 
 def attached_skeleton(
     base: Base,
-    adapter: Path,
+    adapter: Path | AdapterSource,
     dtype: torch.dtype = torch.float32,
     quantized: BaseSection | None = None,
 ) -> Skeleton:
@@ -149,13 +188,17 @@ def attached_skeleton(
     llama = _empty_llama(base)
     if quantized is not None:
         _make_quantized(llama, quantized)
-    config = PeftConfig.from_pretrained(str(adapter))
+    source = AdapterFolder(adapter) if isinstance(adapter, Path) else adapter
+    config: Any = source.config()
     config.inference_mode = True
     llama.name_or_path = config.base_model_name_or_path or ""  # else PEFT warns of a renaming
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = False  # the file's weights follow; nothing to initialise
-    model: Any = get_peft_model(llama, config, autocast_adapter_dtype=True, low_cpu_mem_usage=True)
-    return Skeleton(model.eval(), dtype, adapter)
+    with _copyable(llama):
+        model: Any = get_peft_model(
+            llama, config, autocast_adapter_dtype=True, low_cpu_mem_usage=True
+        )
+    return Skeleton(model.eval(), dtype, source)
 
 
 def _empty_llama(base: Base) -> LlamaForCausalLM:
@@ -173,6 +216,22 @@ def _make_quantized(llama: LlamaForCausalLM, section: BaseSection) -> None:
     # PEFT looks at these to choose its own layers for bitsandbytes'.
     llama.is_loaded_in_8bit = section.quantization == "int8"
     llama.is_loaded_in_4bit = not llama.is_loaded_in_8bit
+
+
+@contextlib.contextmanager
+def _copyable(llama: LlamaForCausalLM) -> Iterator[None]:
+    """Plain parameters in the place of 4-bit ones.
+
+    DoRA copies a layer to measure its rows, and bitsandbytes' parameters without numbers cannot be.
+    """
+    packed = [(m, m.weight) for m in llama.modules() if type(m).__name__ == "Linear4bit"]
+    for layer, weight in packed:
+        plain = torch.nn.Parameter(torch.empty_like(weight.data), requires_grad=False)
+        plain.__dict__.update(weight.__dict__)  # PEFT reads the settings of the codes from it
+        layer.weight = plain
+    yield
+    for layer, weight in packed:
+        layer.weight = weight
 
 
 def quantized_like(old: Any, tensor: torch.Tensor, module: torch.nn.Module) -> Any:

@@ -64,7 +64,7 @@ def test_the_manifest_names_everything_the_adapter_depends_on(trained):
         ({"vocab_size": 1025}, "vocabulary of 1024 ids; this base has 1025"),
         ({"tokenizer_sha256": "e" * 64}, "tokenizer of sha256"),
         ({"chat_format_sha256": "d" * 64}, "prompt format of sha256"),
-        ({"fingerprint": "f" * 64, "merged_adapter_sha256": "a"}, "another adapter is in it"),
+        ({"fingerprint": "f" * 64, "merged_adapters": ("a",)}, "another adapter is in it"),
     ],
 )
 def test_another_base_is_refused_with_what_differs(run, change, words):

@@ -20,19 +20,20 @@ from finetune.merge import merge
 from finetune.run_folder import RunFolder
 
 # Runs in a process of its own, with one thread, and forks for every point; the proof, which only
-# reads, is left out of it. Arguments: the run, kill|limit, the first point and the step.
+# reads, is left out of it. Arguments: the run, kill|limit, the first point, the step, --add's.
 SWEEP = """
 import builtins, io, json, os, resource, shutil, signal, sys
 import torch
 torch.set_num_threads(1)
 from finetune import artifact, merge as merging
 from finetune.errors import FinetuneError, exit_code_of
-from finetune.merging import writing
+from finetune.merging import members, writing
 from finetune.run_folder import RunFolder
 
-run, kind, start, step = RunFolder(__import__("pathlib").Path(sys.argv[1])), *sys.argv[2:]
+run, kind, start, step = RunFolder(__import__("pathlib").Path(sys.argv[1])), *sys.argv[2:5]
+combination = members.asked_for(run, sys.argv[5:])
 merging.prove = lambda *_: {"prompts": 0, "same_text": 0}
-merging.plan_merge(run)  # imports what is imported late
+merging.plan_merge(run, None, None, combination)  # imports what is imported late
 
 def kill_at(point):
     left = [point]
@@ -64,7 +65,7 @@ def attempt(prepare, point):
         if prepare:
             prepare(point)
         try:
-            merging.merge(run)
+            merging.merge(run, None, None, None, combination)
             code = 0
         except BaseException as error:
             code = exit_code_of(error)
@@ -131,6 +132,13 @@ def test_a_disk_that_is_full_at_any_byte(run):
     assert not any(whole or left for _, _, whole, left, *_ in refused), "the stage is removed"
     assert len(refused) > 8
     assert last[0] > 2_000_000
+
+
+def test_a_merge_of_two_adapters_is_killed(run, tmp_path, small_base):
+    other = Bench(tmp_path, small_base).train("train.max_steps=2", "run.seed=1")
+    *killed, last = sweep(run, "kill", "0", "17", f"{other.path}:0.5")
+    assert ({code for _, code, *_ in killed}, last[1]) == ({-9}, 0)
+    assert any(left for _, _, _, left, *_ in killed)
 
 
 def nothing_published(run):

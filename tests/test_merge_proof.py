@@ -1,22 +1,18 @@
-"""The proof's layer-by-layer figures against whole models, and merges that it has to refuse."""
+"""The proof's layer-by-layer figures against whole models, and what it measures beside them."""
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 
 import pytest
 import tolerances
 import torch
 from peft import PeftModel
-from small_runs import Bench, write_base
+from small_runs import Bench
 from transformers import AutoModelForCausalLM
 
-from finetune import merge as merging
 from finetune.__main__ import main
-from finetune.adapters import fingerprint_of_files
 from finetune.merge import merge
-from finetune.merging.update import LowRank
 from finetune.proof import _proof_documents
 from finetune.run_folder import RunFolder
 
@@ -65,69 +61,6 @@ def test_layer_by_layer_gives_the_figures_of_whole_models(run, small_base, dtype
     assert abs(proof["same_next_token"] - same) <= 2, "two nearly equal logits may swap"
     for name, value in expected.items():
         assert proof[name] == pytest.approx(value, rel=tolerances.LAYERWISE_PROOF), name
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-class TestRefused:
-    def refused(self, run, dtype, capsys):
-        assert main(["merge", str(run.path), "--dtype", dtype]) == 3
-        assert "the merge proof failed, nothing is published" in capsys.readouterr().err
-        assert not run.merged.exists()
-
-    def change_updates(self, monkeypatch, change):
-        right = merging.plan_merge
-
-        def planned(*arguments):
-            plan = right(*arguments)
-            updates = change(dict(plan.updates))
-            files = {
-                path: [dataclasses.replace(t, update=updates.get(t.stored.name)) for t in tensors]
-                for path, tensors in plan.files.items()
-            }
-            return dataclasses.replace(plan, files=files)
-
-        monkeypatch.setattr(merging, "plan_merge", planned)
-
-    def test_b_is_transposed(self, run, dtype, monkeypatch, capsys):
-        def apply(self, weight):
-            b = self.b.T.reshape(self.b.shape)
-            return weight.float().addmm(b, self.a, alpha=self.scale)
-
-        monkeypatch.setattr(LowRank, "apply", apply)
-        self.refused(run, dtype, capsys)
-
-    def test_a_module_is_skipped(self, run, dtype, monkeypatch, capsys):
-        def skip(updates):
-            del updates["model.layers.1.self_attn.k_proj.weight"]
-            return updates
-
-        self.change_updates(monkeypatch, skip)
-        self.refused(run, dtype, capsys)
-
-    def test_two_modules_are_swapped(self, run, dtype, monkeypatch, capsys):
-        names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
-
-        def swap(updates):
-            updates[names[0]], updates[names[1]] = updates[names[1]], updates[names[0]]
-            return updates
-
-        self.change_updates(monkeypatch, swap)
-        self.refused(run, dtype, capsys)
-
-    def test_another_base_of_the_same_shape(self, run, dtype, tmp_path, monkeypatch, capsys):
-        """Past the fingerprint, as if it did not exist."""
-        other = write_base(tmp_path / "other", seed=1)
-        right = merging.plan_merge
-
-        def planned(*arguments):
-            plan = right(*arguments)
-            base = dataclasses.replace(plan.base, folder=other)
-            files = merging.planned_files(base, plan.updates, plan.dtype)
-            return dataclasses.replace(plan, files=files)
-
-        monkeypatch.setattr(merging, "plan_merge", planned)
-        monkeypatch.setattr(merging, "check", lambda plan, _: fingerprint_of_files(plan.files))
-        self.refused(run, dtype, capsys)
 
 
 def test_above_its_budget_the_next_tokens_stand_for_greedy_text(run, monkeypatch, capsys):

@@ -9,7 +9,9 @@ from pathlib import Path
 from finetune import artifact
 from finetune.adapters import ADAPTER_FILES, fingerprint_of_files
 from finetune.errors import CannotContinue, CheckFailed
+from finetune.identity import merged_adapters_of
 from finetune.llama.safetensors_pieces import stored_tensors
+from finetune.merging.members import member_findings
 from finetune.merging.plan import EMBEDDING, HEAD, MergePlan
 from finetune.merging.update import PREFIX
 from finetune.skeleton import attached_skeleton
@@ -33,20 +35,14 @@ def check(plan: MergePlan, target: Path) -> dict[str, str]:
     disk = _disk_findings(plan, target)
     hashes = fingerprint_of_files(list(plan.files))
     findings = [*_base_findings(plan, hashes), *_tensor_findings(plan), *_tied_findings(plan)]
-    findings = findings or _key_findings(plan)
+    findings = findings or [
+        finding for adapter in plan.adapters for finding in _key_findings(plan, adapter)
+    ]
     if findings:
         raise CheckFailed("\n".join([*disk, *findings]))
     if disk:
         raise CannotContinue("\n".join(disk))
     return hashes
-
-
-def adapters_in(folder: Path) -> list[str]:
-    """The sha256 of every adapter that a folder's manifest says was merged into it."""
-    if not (folder / artifact.MANIFEST).is_file():
-        return []
-    found: list[str] = artifact.read_manifest(folder)["facts"].get("merged_adapters", [])
-    return found
 
 
 def _disk_findings(plan: MergePlan, target: Path) -> list[str]:
@@ -62,9 +58,12 @@ def _disk_findings(plan: MergePlan, target: Path) -> list[str]:
 
 
 def _base_findings(plan: MergePlan, hashes: dict[str, str]) -> list[str]:
-    if artifact.sha256_of(plan.adapter / ADAPTER_FILES[1]) in adapters_in(plan.base.folder):
+    merged = merged_adapters_of(plan.base.folder)
+    if any(artifact.sha256_of(folder / ADAPTER_FILES[1]) in merged for folder in plan.adapters):
         return [f"{plan.base.folder}: this adapter is merged into it already; merging it again "
                 "would apply it twice. Name the base it was trained on"]  # fmt: skip
+    if plan.combination is not None:
+        return member_findings(plan.combination, plan.base.identity(plan.base.fingerprint(hashes)))
     facts = artifact.read_manifest(plan.adapter)["facts"]
     if facts["base_fingerprint"] != plan.base.fingerprint(hashes):
         return [f"{plan.adapter}: its base has changed since training; not merged"]
@@ -94,17 +93,17 @@ def _tied_findings(plan: MergePlan) -> list[str]:
     ]
 
 
-def _key_findings(plan: MergePlan) -> list[str]:
-    """The adapter's keys against those of PEFT's own layers on this architecture."""
-    skeleton = attached_skeleton(plan.base, plan.adapter)
+def _key_findings(plan: MergePlan, adapter: Path) -> list[str]:
+    """An adapter's keys against those of PEFT's own layers on this architecture."""
+    skeleton = attached_skeleton(plan.base, adapter)
     expected = {PREFIX + name: shape for name, shape in skeleton.adapter_shapes().items()}
-    found = {t.name: t.shape for t in stored_tensors(plan.adapter / ADAPTER_FILES[1])}
+    found = {t.name: t.shape for t in stored_tensors(adapter / ADAPTER_FILES[1])}
     differing = sorted(set(expected) ^ set(found))
     if differing:
         shown = ", ".join(differing[:5]) + (" …" if len(differing) > 5 else "")
-        return [f"{plan.adapter}: {len(differing)} adapter keys missing or unexpected: {shown}"]
+        return [f"{adapter}: {len(differing)} adapter keys missing or unexpected: {shown}"]
     return [
-        f"{plan.adapter}: {name} has shape {found[name]}, the base and adapter_config.json ask "
+        f"{adapter}: {name} has shape {found[name]}, the base and adapter_config.json ask "
         f"for {shape}"
         for name, shape in expected.items()
         if found[name] != shape

@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.llama.safetensors_pieces import Stored, stored_tensors
 from finetune.llama.safetensors_stream import Planned
+from finetune.merging.members import Combination
 from finetune.merging.update import Update
 from finetune.model import Base, weight_files
 
@@ -53,13 +54,14 @@ class MergePlan:
 
     Attributes:
         base: the base.
-        adapter: the adapter's folder.
+        adapter: the folder of the run's adapter.
         updates: tensor name in the base -> its update.
         trained_dtype: type the base was held in while the adapter was trained, by name.
         dtype: type of the merged weights, by name.
         quantization: of the base while training: none, nf4, fp4 or int8.
         target: `full`, the base as it is on disk, or `dequantized`, as its quantised weights are.
         files: the tensors of each output file, in the order of the base's bytes.
+        combination: of this adapter and others; None where it is merged alone.
     """
 
     base: Base
@@ -70,6 +72,14 @@ class MergePlan:
     quantization: str
     target: str
     files: dict[Path, list[PlannedTensor]]
+    combination: Combination | None = None
+
+    @property
+    def adapters(self) -> list[Path]:
+        """The folders of all adapters, the run's own first."""
+        if self.combination is None:
+            return [self.adapter]
+        return [member.folder for member in self.combination.members]
 
     @property
     def tensors(self) -> Iterator[PlannedTensor]:
@@ -90,6 +100,7 @@ class MergePlan:
         """Every tensor."""
         return {
             "base": self.base.name,
+            **(self.combination.facts() if self.combination else {}),
             "base_weights": self.target,
             "trained_dtype": self.trained_dtype,
             "dtype": self.dtype,
@@ -105,6 +116,7 @@ class MergePlan:
         lines = [
             f"plan     {len(tensors)} tensors in {len(self.files)} files, {self.num_bytes:,} bytes "
             f"of {self.dtype}; {len(self.updates)} are changed by the adapter",
+            *(self.combination.lines() if self.combination else []),
             f"         the largest is {largest.stored.name}, {largest.planned.num_bytes:,} bytes",
         ]
         if self.is_tied:

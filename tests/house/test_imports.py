@@ -37,7 +37,7 @@ LINES = (
     "data model plan packing",
     "batching tokens excerpts skeleton",
     "summary merging proof_layers proof_weights",
-    "checkpoint heldout preview inspection",
+    "checkpoint heldout preview inspection proof_combined",
     "trainer inference",
     "recipes monitor scoring proof exports",
     "stages",
