@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 from finetune.adapters import ADAPTER_FILES
 from finetune.config.base import BaseSection
 from finetune.fast.attention import register
+from finetune.layer_merge import SHARED
 from finetune.llama.architecture import to_llama_config
 from finetune.llama.weight_files import files_by_weight
 from finetune.model import Base, quantization_config
@@ -198,6 +199,11 @@ def attached_skeleton(
         model: Any = get_peft_model(
             llama, config, autocast_adapter_dtype=True, low_cpu_mem_usage=True
         )
+    for name in SHARED:
+        if name in source.names():  # one for all layers, and so there from the start
+            getattr(model.base_model, name.removeprefix("base_model."))["default"] = source.tensor(
+                name
+            )
     return Skeleton(model.eval(), dtype, source)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from finetune import artifact
 from finetune.adapters import ADAPTER_FILES, fingerprint_of_files
 from finetune.errors import CannotContinue, CheckFailed
+from finetune.layer_merge import SHARED
 from finetune.identity import merged_adapters_of
 from finetune.llama.safetensors_pieces import stored_tensors
 from finetune.merging.members import member_findings
@@ -97,7 +98,8 @@ def _key_findings(plan: MergePlan, adapter: Path) -> list[str]:
     """An adapter's keys against those of PEFT's own layers on this architecture."""
     skeleton = attached_skeleton(plan.base, adapter)
     expected = {PREFIX + name: shape for name, shape in skeleton.adapter_shapes().items()}
-    found = {t.name: t.shape for t in stored_tensors(adapter / ADAPTER_FILES[1])}
+    stored = stored_tensors(adapter / ADAPTER_FILES[1])
+    found = {t.name: t.shape for t in stored if t.name not in SHARED}
     differing = sorted(set(expected) ^ set(found))
     if differing:
         shown = ", ".join(differing[:5]) + (" …" if len(differing) > 5 else "")

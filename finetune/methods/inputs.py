@@ -19,6 +19,10 @@ class TrainableTokens(Method):
     """
 
     name = "trainable_tokens"
+    why_not_merged = (
+        "a merge proves decoder layers, and trained embeddings lie outside of them: serve the "
+        "adapter beside its base, or merge it with PEFT's merge_and_unload, unproven"
+    )
 
     def peft_config(self, adapter: AdapterSection, base_name: str) -> Any:
         """PEFT's TrainableTokensConfig."""
