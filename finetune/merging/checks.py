@@ -9,8 +9,8 @@ from pathlib import Path
 from finetune import artifact
 from finetune.adapters import ADAPTER_FILES, fingerprint_of_files
 from finetune.errors import CannotContinue, CheckFailed
-from finetune.layer_merge import SHARED
 from finetune.identity import merged_adapters_of
+from finetune.layer_merge import SHARED
 from finetune.llama.safetensors_pieces import stored_tensors
 from finetune.merging.members import member_findings
 from finetune.merging.plan import EMBEDDING, HEAD, MergePlan
