@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,11 +14,15 @@ from finetune.model import Base
 from finetune.skeleton import Skeleton, Weights
 
 # Every merged entry is a nearest number of its type to W + s·B·A: half a unit in the last place,
-# and what the float32 product B·A itself may be off, relative to its largest entry. A limit
-# relative to W would let a wrong scale pass wherever the update is small.
+# and what the float32 product B·A itself may be off, relative to its largest entry in the same
+# block of rows. A limit relative to W would let a wrong scale pass wherever the update is small.
 WEIGHT_ULPS = 0.51
 UPDATE_ROUNDING = 1e-5
-_BLOCK_ENTRIES = 1 << 22
+_BLOCK_ENTRIES = 1 << 18  # a few such blocks stay in the processor's cache
+_BITS = {
+    torch.float32: (torch.int32, 0x7F80_0000),
+    torch.float64: (torch.int64, 0x7FF0_0000_0000_0000),
+}
 
 
 class WeightCheck:
@@ -89,25 +93,43 @@ def _same(found: torch.Tensor, base: torch.Tensor) -> bool:
 
 def error_in_ulps(found: torch.Tensor, layer: Any) -> float:
     """Largest |merged - (W + delta)| of a matrix in units of the merged type's last place."""
-    worst = []
-    delta, whole = _delta_of(layer)
-    slack = UPDATE_ROUNDING * float(delta.abs().max()) if whole is None else 0.0
+    found = found.detach()
+    if not _is_plain_lora(layer):
+        whole = _merged_by_peft(layer)
+        return _largest(_block_error(found[rows], whole[rows], None) for rows in _row_blocks(found))
     base = layer.get_base_layer().weight.detach()
-    for rows in _row_blocks(found):
-        expected = whole[rows] if whole is not None else base[rows].double() + delta[rows].double()
-        worst.append(_block_error(found[rows].detach(), expected, slack))
-    return float(torch.tensor(worst).max())
+    return _largest(
+        _block_error(found[rows], base[rows], _delta_of(layer, rows)) for rows in _row_blocks(found)
+    )
 
 
-def _delta_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """PEFT's own update of a low-rank layer, float32; or PEFT's whole merged weight, float64."""
-    if isinstance(layer, LoraLayer) and not getattr(layer, "use_dora", {}).get("default"):
-        delta: torch.Tensor = layer.get_delta_weight("default").detach()
-        return delta, None
+def _largest(values: Iterable[float]) -> float:
+    """The largest, or NaN if one is: Python's own `max` may lose it."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
+
+
+def _is_plain_lora(layer: Any) -> bool:
+    return isinstance(layer, LoraLayer) and not getattr(layer, "use_dora", {}).get("default")
+
+
+def _merged_by_peft(layer: Any) -> torch.Tensor:
+    """PEFT's whole merged weight, float64."""
     merged: Any = copy.deepcopy(layer).double()
     merged.merge(adapter_names=["default"])
     whole: torch.Tensor = merged.get_base_layer().weight.detach()
-    return whole, whole
+    return whole
+
+
+def _delta_of(layer: Any, rows: slice) -> torch.Tensor:
+    """Some rows of PEFT's own update of a low-rank layer, float32: B is cut for the moment."""
+    parameters = layer.lora_B["default"]._parameters
+    whole = parameters["weight"]
+    parameters["weight"] = torch.nn.Parameter(whole[rows], requires_grad=False)
+    try:
+        delta: torch.Tensor = layer.get_delta_weight("default").detach()
+    finally:
+        parameters["weight"] = whole
+    return delta
 
 
 def _row_blocks(matrix: torch.Tensor) -> Iterator[slice]:
@@ -115,11 +137,33 @@ def _row_blocks(matrix: torch.Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, matrix.shape[0], step))
 
 
-def _block_error(found: torch.Tensor, expected: torch.Tensor, slack: float) -> float:
+def _block_error(found: torch.Tensor, base: torch.Tensor, delta: torch.Tensor | None) -> float:
+    """In a type with bits to spare: float32 for 16 bits, where it is off by 2^-13 places.
+
+    Where base and delta nearly cancel, that rounding is far below what the product may be off.
+    """
+    wide = torch.float32 if found.itemsize == 2 and delta is not None else torch.float64
+    expected = base.to(wide, copy=True)
+    error = found.to(wide, copy=True).sub_(expected)
+    slack = 0.0
+    if delta is not None:
+        slack = UPDATE_ROUNDING * float(torch.linalg.vector_norm(delta, torch.inf))
+        error.sub_(delta)
+        expected.add_(delta)
+    error.abs_().sub_(slack)
     limits = torch.finfo(found.dtype)
-    _, exponent = torch.frexp(expected.abs().clamp(min=limits.smallest_normal))
-    last_place = torch.ldexp(torch.full_like(expected, limits.eps / 2), exponent)
-    return float((((found.double() - expected).abs() - slack) / last_place).max())
+    return float(error.div_(_power_of_two(expected, limits.smallest_normal)).max()) / limits.eps
+
+
+def _power_of_two(numbers: torch.Tensor, smallest: float) -> torch.Tensor:
+    """The power of two at or below the size of each number, made in their memory.
+
+    A number just above one counts as below it: last places are half as wide there.
+    """
+    numbers.mul_(1 - 4 * torch.finfo(numbers.dtype).eps)
+    bits, exponent = _BITS[numbers.dtype]
+    numbers.view(bits).bitwise_and_(exponent)  # of NaN it leaves infinity
+    return numbers.clamp_(min=smallest)
 
 
 def bnb_dequantized(name: str, weight: torch.Tensor, quantization: str) -> torch.Tensor:
