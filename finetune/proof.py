@@ -30,7 +30,7 @@ from finetune.skeleton import Weights, attached_skeleton, plain_skeleton
 
 NUM_ROWS = 32
 NUM_TOKENS = 8192
-NUM_PRODUCTS = 4 << 40  # tokens times parameters: 8B is shown fewer tokens, or waits an hour
+NUM_PRODUCTS = 2 << 40  # tokens times parameters: 8B is shown fewer tokens, or waits an hour
 NUM_PROMPTS = 16
 NEW_TOKENS = 24
 TEXT_BYTES = 1 << 30  # of both models together: above it, no text is written
@@ -114,9 +114,11 @@ def _streams(run: RunFolder, base: Base, folder: Path, target: str) -> list[Stre
         lambda name, tensor: bnb_dequantized(name, tensor.to(trained), section.quantization),
     )
     chosen, other = (full, rounded) if target == "full" else (rounded, full)
+    # In 16 bits the arithmetic's own rounding grows with the depth until it hides the merge.
+    exact = torch.float32 if merged == trained and section.quantization == "none" else None
     streams = [
-        Stream(attached_skeleton(base, run.adapter, dtype), chosen),
-        Stream(plain_skeleton(base, merged), Weights(folder)),
+        Stream(attached_skeleton(base, run.adapter, dtype), chosen, exact),
+        Stream(plain_skeleton(base, merged), Weights(folder), exact),
     ]
     if section.quantization != "none":
         streams += [

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from finetune.skeleton import Skeleton, Weights
 WEIGHT_ULPS = 0.51
 UPDATE_ROUNDING = 1e-5
 _BLOCK_ENTRIES = 1 << 18  # a few such blocks stay in the processor's cache
+_READ_ENTRIES = 1 << 22
+_MOST_THREADS = 4
 _BITS = {
     torch.float32: (torch.int32, 0x7F80_0000),
     torch.float64: (torch.int64, 0x7FF0_0000_0000_0000),
@@ -52,10 +55,11 @@ class WeightCheck:
             for key, weight in attached.named_parameters()
             if ".default" not in key
         }
-        for key, found in merged.named_parameters():
-            if key in targeted:
-                self._worst.append(error_in_ulps(found, targeted[key]))
-            if _same(found, base[key]) == (key in targeted):
+        found = dict(merged.named_parameters())
+        pairs = {key: (found[key], module) for key, module in targeted.items()}
+        self._worst += errors_in_ulps(list(pairs.values()))
+        for key, weight in found.items():
+            if _same(weight, base[key]) == (key in targeted):
                 (self._unchanged if key in targeted else self._unasked).append(f"{name}.{key}")
 
     def outside_layers(self, attached: Skeleton, merged: Skeleton) -> None:
@@ -72,7 +76,7 @@ class WeightCheck:
         shape = self._merged.shape(name)
         if shape != self._attached.shape(name):
             return False
-        step = max(_BLOCK_ENTRIES // max(shape[-1], 1), 1)
+        step = max(_READ_ENTRIES // max(shape[-1], 1), 1)
         return all(
             _same(self._merged.rows(name, i, i + step), self._attached.rows(name, i, i + step))
             for i in range(0, shape[0], step)
@@ -89,6 +93,22 @@ class WeightCheck:
 
 def _same(found: torch.Tensor, base: torch.Tensor) -> bool:
     return torch.equal(found, base.detach().to(found.dtype))
+
+
+def errors_in_ulps(pairs: Sequence[tuple[torch.Tensor, Any]]) -> list[float]:
+    """`error_in_ulps` of several matrices and their layers, where it can be one thread for each.
+
+    All of torch's threads at one block would wait for one another at every step of it.
+    """
+    if not all(_is_plain_lora(layer) for _, layer in pairs):  # these take memory for a whole matrix
+        return [error_in_ulps(found, layer) for found, layer in pairs]
+    before = torch.get_num_threads()
+    workers = min(before, _MOST_THREADS)
+    try:
+        with ThreadPoolExecutor(workers, "proof", torch.set_num_threads, (1,)) as pool:
+            return list(pool.map(lambda pair: error_in_ulps(*pair), pairs))
+    finally:
+        torch.set_num_threads(before)
 
 
 def error_in_ulps(found: torch.Tensor, layer: Any) -> float:
