@@ -4,8 +4,9 @@
 
 FOLDER needs room for three times the base (48 GB). Base and adapter are made there once (random
 weights) and found again. Everything measured runs in a process of its own, on files that are not in
-the page cache; a plain copy of the same files, each fsynced, stands beside it. The exit code is 1
-if the merge's peak or its time, the proof apart, is over the limit.
+the page cache; plain copies of the same files, each fsynced, are made before and after the merge,
+and their mean is what it is compared with. The exit code is 1 if the merge's peak or its time, the
+proof apart, is over the limit.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import datetime
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,11 +54,8 @@ def measure(folder: Path, preset: str, small: bool, num_shards: int) -> dict[str
     for left_over in (run / "merged", folder / "copied", folder / "by-peft"):
         shutil.rmtree(left_over, ignore_errors=True)
     sizes = [path.stat().st_size for path in base.glob("*.safetensors")]
-    result: dict[str, Any] = {
-        "files": len(sizes),
-        "bytes": sum(sizes),
-        "plain_copy_seconds": round(_seconds_to_copy(base, folder / "copied"), 2),
-    }
+    result: dict[str, Any] = {"files": len(sizes), "bytes": sum(sizes)}
+    copies = [_seconds_to_copy(base, folder / "copied")]
     _forget_pages(source)
     command = [sys.executable, "-m", "finetune", "merge", str(run)]
     result["merge"] = run_measured(command, ROOT, lambda: _phase(run)).as_json()
@@ -64,6 +63,9 @@ def measure(folder: Path, preset: str, small: bool, num_shards: int) -> dict[str
     keys = ("rows", "tokens", "text", "max_weight_error_ulps", "relative_logit_difference", "kl")
     result["proof"] = {key: proof[key] for key in (*keys, "same_next_token")}
     shutil.rmtree(run / "merged")
+    copies.append(_seconds_to_copy(base, folder / "copied"))
+    result["plain_copies"] = [round(seconds, 2) for seconds in copies]
+    result["plain_copy_seconds"] = round(sum(copies) / len(copies), 2)
     result["peft"] = _peft(base, run / "adapter", folder / "by-peft", result["bytes"])
     return result
 
@@ -85,8 +87,12 @@ def _peft(base: Path, adapter: Path, out: Path, num_bytes: int) -> dict[str, Any
         return {"skipped": f"{available / 2**30:.1f} GiB of memory available"}
     _forget_pages(base)
     command = [sys.executable, "-c", _PEFT_MERGE, str(base), str(adapter), str(out)]
-    measured: Measured = run_measured(command, ROOT, lambda: "all")
-    shutil.rmtree(out)
+    try:
+        measured: Measured = run_measured(command, ROOT, lambda: "all")
+    except subprocess.CalledProcessError as error:
+        return {"failed": f"exit code {error.returncode}; -9 is a kill, as for want of memory"}
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
     return measured.as_json()
 
 

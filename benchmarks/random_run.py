@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RANK, ALPHA, NUM_ROWS = 16, 32, 3
+RANK, ALPHA, NUM_ROWS = 16, 32, 5
 _STD = 0.02
 
 

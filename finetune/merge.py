@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune import artifact
-from finetune.adapters import ADAPTER_FILES
+from finetune.adapters import ADAPTER_FILES, fingerprint_of_files
 from finetune.errors import InputError
 from finetune.identity import merged_adapters_of
-from finetune.merging.checks import check
+from finetune.merging.checks import check, check_base
 from finetune.merging.combine import combined_updates
 from finetune.merging.members import WAYS, Combination, asked_for, read_members
 from finetune.merging.plan import TARGETS, MergePlan, planned_files
@@ -117,9 +117,10 @@ def merge(
 def _merge(run: RunFolder, plan: MergePlan, folder: Path) -> dict[str, Any]:
     _say("\n".join(plan.lines()))
     begun, facts = time.monotonic(), _facts(plan)
-    hashes, written = check(plan, folder), dict[str, str]()
+    written: dict[str, str] = {}
+    check(plan, folder)
     with artifact.staged(folder, facts, written) as stage:
-        written |= write_merged(plan, stage, hashes)
+        written |= write_merged(plan, stage)
         seconds = round(time.monotonic() - begun, 2)
         result = {**_proven(run, plan, stage, facts), "seconds": seconds}
     artifact.write_json(folder.parent / "merge.json", result)
@@ -162,7 +163,8 @@ def _already_merged(
     if any(result.get(key) != value for key, value in facts.items()):
         # Of another merge beside this one, or lost with the process that merged: proven again.
         with locked(run):
-            check(plan, folder)
+            check(plan, None)
+            check_base(plan, fingerprint_of_files(list(plan.files)))
             result = _proven(run, plan, folder, facts)
             artifact.write_json(record, result)
     return result
@@ -227,6 +229,7 @@ def _show_plan(
     plan = plan_merge(run, args.dtype, args.base, combination)
     _say("\n".join(plan.lines()))
     check(plan, args.out or run.merged)
+    check_base(plan, fingerprint_of_files(list(plan.files)))
     if args.json:
         print(json.dumps(plan.as_json(), indent=2))
     return 0

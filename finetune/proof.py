@@ -32,6 +32,7 @@ from finetune.skeleton import AdapterFolder, Weights, attached_skeleton, plain_s
 
 NUM_ROWS = 32
 NUM_TOKENS = 8192
+NUM_PRODUCTS = 2 << 40  # tokens times parameters: 8B is shown fewer tokens, or waits an hour
 NUM_PROMPTS = 16
 NEW_TOKENS = 24
 TEXT_BYTES = 1 << 30  # of both models together: above it, no text is written
@@ -125,9 +126,11 @@ def _streams(
         lambda name, tensor: bnb_dequantized(name, tensor.to(trained), section.quantization),
     )
     chosen, other = (full, rounded) if target == "full" else (rounded, full)
+    # In 16 bits the arithmetic's own rounding grows with the depth until it hides the merge.
+    exact = torch.float32 if merged == trained and section.quantization == "none" else None
     streams = [
-        Stream(attached_skeleton(base, adapter, dtype), chosen),
-        Stream(plain_skeleton(base, merged), Weights(folder)),
+        Stream(attached_skeleton(base, adapter, dtype), chosen, exact),
+        Stream(plain_skeleton(base, merged), Weights(folder), exact),
     ]
     if section.quantization != "none":
         streams += [
@@ -164,17 +167,18 @@ def _proof_documents(run: RunFolder, base: Base) -> list[Document]:
         source = config.data.heldout[0]
         documents, _ = load_heldout(source, config, base.tokenizer, base.chat_format)
         if documents:
-            return _few(documents[:NUM_ROWS])
+            return _few(documents[:NUM_ROWS], base)
     data = load_data(config, base.tokenizer, base.chat_format)
-    return _few((data.heldout or data.train)[:NUM_ROWS])
+    return _few((data.heldout or data.train)[:NUM_ROWS], base)
 
 
-def _few(documents: Sequence[Document]) -> list[Document]:
-    """The first ones, as long as their tokens' hidden states are small; the first in any case."""
+def _few(documents: Sequence[Document], base: Base) -> list[Document]:
+    """The first ones, as long as hidden states and work are small; the first in any case."""
+    most = min(NUM_TOKENS, NUM_PRODUCTS // base.architecture.num_parameters().total)
     kept, num_tokens = [documents[0]], len(documents[0].input_ids)
     for document in documents[1:]:
         num_tokens += len(document.input_ids)
-        if num_tokens > NUM_TOKENS:
+        if num_tokens > most:
             break
         kept.append(document)
     return kept

@@ -23,6 +23,8 @@ from finetune.skeleton import Skeleton, Weights
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LOGIT_BYTES = 64 << 20
+_HEAD_ENTRIES = 1 << 25
+_PACK_TOKENS = 1024  # a weight is multiplied once for so many, or once for a longer row
 
 
 @dataclass
@@ -32,11 +34,14 @@ class Stream:
     Attributes:
         skeleton: its layers.
         weights: what fills them.
-        hidden: (tokens, dim) of each row, after the layers so far.
+        computed_in: type of the hidden states, and of weights while they multiply; None: the
+            skeleton's own.
+        hidden: (tokens, dim) of each pack of rows, after the layers so far.
     """
 
     skeleton: Skeleton
     weights: Weights
+    computed_in: torch.dtype | None = None
     hidden: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -52,24 +57,59 @@ def run_layers(
         base: for the architecture.
         streams: the first two are in memory together, layer by layer.
         rows: ids.
-        inspect: called with the layer's name and the first two streams' layer, both filled.
+        inspect: called with the layer's name and the first two streams' layer, both filled; last
+            with "model" and what has the final norm under its name.
     """
-    rotary = LlamaRotaryEmbedding(_config_of(base))
+    rotary, packs = LlamaRotaryEmbedding(_config_of(base)), _packed(rows)
+    lengths = [[len(ids) for ids in pack] for pack in packs]
     with torch.no_grad():
         for stream in streams:
-            stream.hidden = [_embedded(stream, ids) for ids in rows]
+            stream.hidden = [_embedded(stream, [i for ids in pack for i in ids]) for pack in packs]
         for index in range(base.architecture.n_layers):
             with contextlib.ExitStack() as stack:
                 pair = [_enter(stack, stream, index) for stream in streams[:2]]
                 inspect(f"model.layers.{index}", *pair)
                 for stream, layer in zip(streams, pair, strict=False):
-                    _advance(stream, layer, rotary)
-            for stream in streams[2:]:
-                with contextlib.ExitStack() as stack:
-                    _advance(stream, _enter(stack, stream, index), rotary)
+                    if stream.computed_in is None:
+                        _advance(stream, layer, rotary, lengths)
+            for number, stream in enumerate(streams):
+                if number > 1 or stream.computed_in is not None:
+                    _advance_alone(stream, index, rotary, lengths)
+        with contextlib.ExitStack() as stack:
+            norms = [_named_norm(stack, stream) for stream in streams[:2]]
+            inspect("model", *norms)
         for stream in streams:
             with stream.skeleton.filled(stream.skeleton.norm, stream.weights) as norm:
                 stream.hidden = [norm(hidden.unsqueeze(0))[0] for hidden in stream.hidden]
+
+
+def _named_norm(stack: contextlib.ExitStack, stream: Stream) -> torch.nn.Module:
+    norm = stack.enter_context(stream.skeleton.filled(stream.skeleton.norm, stream.weights))
+    return torch.nn.ModuleDict({"norm": norm})
+
+
+def _advance_alone(
+    stream: Stream, index: int, rotary: LlamaRotaryEmbedding, packs: Sequence[Sequence[int]]
+) -> None:
+    """With no other layer in memory, as this one may be in a wider type than it is stored in."""
+    with contextlib.ExitStack() as stack:
+        layer = _enter(stack, stream, index)
+        if stream.computed_in is not None:
+            layer.to(stream.computed_in)  # the parameters that `filled` takes out again
+        _advance(stream, layer, rotary, packs)
+
+
+def _packed(rows: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
+    """Neighbouring rows, which attention keeps apart, in packs."""
+    packs: list[list[Sequence[int]]] = []
+    filled = _PACK_TOKENS
+    for ids in rows:
+        if filled + len(ids) > _PACK_TOKENS:
+            packs.append([])
+            filled = 0
+        packs[-1].append(ids)
+        filled += len(ids)
+    return packs
 
 
 def _config_of(base: Base) -> Any:
@@ -85,19 +125,21 @@ def _enter(stack: contextlib.ExitStack, stream: Stream, index: int) -> Any:
 
 def _embedded(stream: Stream, ids: Sequence[int]) -> torch.Tensor:
     rows = {token: stream.weights.rows(EMBEDDING, token, token + 1) for token in set(ids)}
-    return torch.cat([rows[token] for token in ids]).to(stream.skeleton.dtype)
+    return torch.cat([rows[token] for token in ids]).to(stream.computed_in or stream.skeleton.dtype)
 
 
-def _advance(stream: Stream, layer: Any, rotary: LlamaRotaryEmbedding) -> None:
-    for number, hidden in enumerate(stream.hidden):
-        positions = torch.arange(len(hidden)).unsqueeze(0)
+def _advance(
+    stream: Stream, layer: Any, rotary: LlamaRotaryEmbedding, packs: Sequence[Sequence[int]]
+) -> None:
+    for number, (hidden, lengths) in enumerate(zip(stream.hidden, packs, strict=True)):
+        positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
         states = hidden.unsqueeze(0)
         output = layer(
             states,
             attention_mask=no_mask(hidden.device),
             position_ids=positions,
             position_embeddings=rotary(states, positions),
-            document_lengths=[len(hidden)],
+            document_lengths=list(lengths),
             use_cache=False,
         )
         stream.hidden[number] = (output[0] if isinstance(output, tuple) else output)[0]
@@ -186,6 +228,7 @@ def compare_heads(
     name = EMBEDDING if base.architecture.tie_word_embeddings else HEAD
     # Logits of a block are there in float64 for two models, and a few intermediates.
     step = max(_LOGIT_BYTES // (8 * tokens), 256)
+    step = min(step, max(_HEAD_ENTRIES // base.architecture.dim, 1))
     found = [Divergence(tokens) for _ in pairs]
     with torch.no_grad():
         for start in range(0, vocab, step):

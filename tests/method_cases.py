@@ -13,9 +13,10 @@ from small_runs import Bench, trainer_of
 from transformers import AutoModelForCausalLM
 
 from finetune import stages
-from finetune.config.adapter import SETTINGS
+from finetune.config.adapter import SETTINGS, AdapterSection
 from finetune.data import load_data
 from finetune.data_starts import StartInputs
+from finetune.methods import why_not_merged
 from finetune.model import find_base
 from finetune.run_folder import RunFolder
 
@@ -102,7 +103,12 @@ CASES = {
         starts_as_base=None,
     ),
 }
-MERGED = [name for name, case in CASES.items() if case.quantized == "none"]
+MERGED = [
+    name
+    for name, case in CASES.items()
+    if case.quantized == "none"
+    and not why_not_merged(AdapterSection.model_validate(case.adapter_values))
+]
 
 
 def plain(folder: Path, dtype: str = "float32") -> Any:

@@ -145,6 +145,27 @@ def nothing_published(run):
     return [p.name for p in run.path.iterdir() if "merge" in p.name or ".tmp-" in p.name] == []
 
 
+def test_a_merge_proven_again_needs_no_space(run, monkeypatch):
+    merge(run)
+    (run.path / "merge.json").unlink()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
+    assert merge(run)["proof"]["rows"] > 0
+
+
+def test_an_old_merge_outlives_a_base_that_changed(run, tmp_path, small_base):
+    """Another merge beside it is refused, and so is a plan; nothing of either is left."""
+    base = shutil.copytree(small_base, tmp_path / "base")
+    config = run.config_file.read_text().replace(str(small_base), str(base))
+    run.config_file.write_text(config)
+    merge(run)
+    before = artifact.read_manifest(run.merged)
+    flip_bit(base / "model.safetensors", 0.99)
+    for arguments in (["--out", str(run.path / "other")], ["--plan", "--out", str(tmp_path / "o")]):
+        assert main(["merge", str(run.path), *arguments]) == 3
+    assert artifact.verify(run.merged) == before
+    assert not [p for p in run.path.iterdir() if p.name == "other" or ".tmp-" in p.name]
+
+
 def test_too_little_space_is_told_before_a_byte_is_written(run, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     assert main(["merge", str(run.path)]) == 4

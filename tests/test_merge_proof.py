@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from finetune.__main__ import main
 from finetune.merge import merge
 from finetune.proof import _proof_documents
+from finetune.proof_weights import WEIGHT_ULPS, _block_error
 from finetune.run_folder import RunFolder
 
 
@@ -88,3 +89,54 @@ def test_both_bases_of_a_quantized_run_are_measured(bench, quantization, tmp_pat
 def test_a_base_that_is_not_quantized_has_no_dequantized_weights(run, capsys):
     assert main(["merge", str(run.path), "--base", "dequantized"]) == 2
     assert "the run's base is not quantised" in capsys.readouterr().err
+
+
+class TestUnitsInTheLastPlace:
+    """The quick count of last places against the plain one in float64."""
+
+    BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+    def plain(self, found, expected):
+        limits = torch.finfo(found.dtype)
+        _, exponent = torch.frexp(expected.abs().clamp(min=limits.smallest_normal))
+        place = torch.ldexp(torch.full_like(expected, limits.eps / 2), exponent)
+        return float(((found.double() - expected).abs() / place).max())
+
+    @pytest.fixture(params=BITS, ids=str)
+    def numbers(self, request):
+        """Base, update and their sum rounded once; the update as large as the base or far less."""
+        chance = torch.Generator().manual_seed(0)
+        base = torch.randn(256, 512, generator=chance).bfloat16()
+        size = torch.logspace(-6, 0, 256).unsqueeze(1)
+        delta = torch.randn(256, 512, generator=chance) * size
+        found = (base.double() + delta.double()).to(request.param)
+        return base, delta, found
+
+    def test_right_ones_are_off_by_half_a_place(self, numbers):
+        base, delta, found = numbers
+        assert _block_error(found, base, delta) <= 0.5001
+        whole = base.double() + delta.double()
+        assert _block_error(found, whole, None) == pytest.approx(self.plain(found, whole), abs=1e-4)
+
+    @pytest.mark.parametrize("step", [-1, 1])
+    def test_one_entry_beside_the_nearest_is_found(self, numbers, step):
+        base, delta, found = numbers
+        rows = slice(0, 8)  # where updates are small, the product's own rounding hides nothing
+        wrong = found[rows].clone()
+        wrong.view(self.BITS[found.dtype])[3, 77] += step
+        assert _block_error(wrong, base[rows], delta[rows]) > WEIGHT_ULPS
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_below_a_power_of_two_places_are_half_as_wide(self, dtype):
+        """A sum that float32 rounds up to 1; the number below 1 is one place off, not half."""
+        base, delta = torch.ones(1, 1, dtype=dtype), torch.full((1, 1), -(2.0**-30))
+        below = base.clone()
+        below.view(torch.int16).sub_(1)
+        assert _block_error(base, base, delta) < 1e-3
+        assert _block_error(below, base, delta) > 0.99
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_no_number_passes_nothing(self, numbers, value):
+        base, delta, found = numbers
+        found[0, 0] = value
+        assert not _block_error(found, base, delta) <= WEIGHT_ULPS

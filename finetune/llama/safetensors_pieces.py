@@ -10,7 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,12 @@ class Stored:
 
         numbers = content.view(getattr(torch, self.dtype))
         return numbers.reshape(-1, *self.shape[1:]) if self.shape else numbers.reshape(())
+
+    def rows(self, start: int, stop: int) -> Stored:
+        """The same tensor cut to some of its rows; `stop` may lie beyond the last."""
+        stop = min(stop, self.shape[0])
+        begin, size = self.begin + start * self.row_bytes(), (stop - start) * self.row_bytes()
+        return replace(self, shape=(stop - start, *self.shape[1:]), begin=begin, num_bytes=size)
 
     def row_bytes(self) -> int:
         """The size of one row, a row being all but the first dimension."""

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a merge, found before a byte is written."""
+"""What can be wrong with a merge: all but the base's bytes is found before one is written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from finetune import artifact
-from finetune.adapters import ADAPTER_FILES, fingerprint_of_files
+from finetune.adapters import ADAPTER_FILES
 from finetune.errors import CannotContinue, CheckFailed
 from finetune.identity import merged_adapters_of
 from finetune.layer_merge import SHARED
@@ -20,22 +20,18 @@ from finetune.skeleton import attached_skeleton
 _SPARE_BYTES = 64 << 20  # config, tokenizer, manifest, and what the file system itself takes
 
 
-def check(plan: MergePlan, target: Path) -> dict[str, str]:
-    """Compares plan, adapter, base and disk.
+def check(plan: MergePlan, target: Path | None) -> None:
+    """Compares plan, adapter, base and disk; the base's bytes are for `check_base`.
 
     Args:
-        target: the folder to write.
-
-    Returns:
-        sha256 of the base's weight files, by name.
+        target: the folder to write; None where nothing will be written.
 
     Raises:
         CheckFailed: base, adapter or tensors do not belong together; all findings.
         CannotContinue: nothing but the disk is wrong.
     """
-    disk = _disk_findings(plan, target)
-    hashes = fingerprint_of_files(list(plan.files))
-    findings = [*_base_findings(plan, hashes), *_tensor_findings(plan), *_tied_findings(plan)]
+    disk = _disk_findings(plan, target) if target else []
+    findings = [*_base_findings(plan), *_tensor_findings(plan), *_tied_findings(plan)]
     findings = findings or [
         finding for adapter in plan.adapters for finding in _key_findings(plan, adapter)
     ]
@@ -43,7 +39,23 @@ def check(plan: MergePlan, target: Path) -> dict[str, str]:
         raise CheckFailed("\n".join([*disk, *findings]))
     if disk:
         raise CannotContinue("\n".join(disk))
-    return hashes
+
+
+def check_base(plan: MergePlan, hashes: dict[str, str]) -> None:
+    """Compares what was read of the base with what the adapter was trained on.
+
+    Args:
+        hashes: sha256 of the base's weight files, by name.
+
+    Raises:
+        CheckFailed: they differ.
+    """
+    facts = artifact.read_manifest(plan.adapter)["facts"]
+    if facts["base_fingerprint"] != plan.base.fingerprint(hashes):
+        raise CheckFailed(
+            f"{plan.adapter}: its base has changed since training, or changed while it was "
+            "merged; nothing is published"
+        )
 
 
 def _disk_findings(plan: MergePlan, target: Path) -> list[str]:
@@ -58,16 +70,15 @@ def _disk_findings(plan: MergePlan, target: Path) -> list[str]:
     return []
 
 
-def _base_findings(plan: MergePlan, hashes: dict[str, str]) -> list[str]:
+def _base_findings(plan: MergePlan) -> list[str]:
     merged = merged_adapters_of(plan.base.folder)
     if any(artifact.sha256_of(folder / ADAPTER_FILES[1]) in merged for folder in plan.adapters):
         return [f"{plan.base.folder}: this adapter is merged into it already; merging it again "
                 "would apply it twice. Name the base it was trained on"]  # fmt: skip
     if plan.combination is not None:
-        return member_findings(plan.combination, plan.base.identity(plan.base.fingerprint(hashes)))
-    facts = artifact.read_manifest(plan.adapter)["facts"]
-    if facts["base_fingerprint"] != plan.base.fingerprint(hashes):
-        return [f"{plan.adapter}: its base has changed since training; not merged"]
+        # Every member against the base of the run's own adapter, whose bytes are compared later.
+        trained_on = artifact.read_manifest(plan.adapter)["facts"]["base_fingerprint"]
+        return member_findings(plan.combination, plan.base.identity(trained_on))
     return []
 
 

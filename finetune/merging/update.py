@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,6 +77,10 @@ class LowRank:
     def shape(self) -> tuple[int, ...] | None:
         """Of B·A."""
         return (self.stored_b.shape[0], self.stored_a.shape[1])
+
+    def rows(self, start: int, stop: int) -> LowRank:
+        """The update of some rows of the matrix."""
+        return replace(self, stored_b=self.stored_b.rows(start, stop))
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         """W + s·B·A in one float32 buffer."""

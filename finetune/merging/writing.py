@@ -1,49 +1,52 @@
-"""The merged folder, streamed: memory holds one tensor in float32, its update and its rounding.
+"""The merged folder, streamed by rows, or by whole tensors where an update needs all of one.
 
-A tensor without an update passes by rows. Both the bytes read and the bytes written are hashed on
-their way: a base that changes while it is merged is noticed, and nothing is read back for the
-manifest.
+Three threads share the work: one reads and computes, one hashes what was read, one writes and
+hashes what was written. So a base that is not the adapter's, or changes while it is merged, is
+noticed without a reading of its own, and nothing is read back for the manifest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from finetune import artifact
-from finetune.errors import CheckFailed
 from finetune.hashing import BackgroundSha256
 from finetune.llama.safetensors_pieces import HashedReading
 from finetune.llama.safetensors_stream import file_content
 from finetune.llama.tokenizer import save_tokenizer
 from finetune.llama.weight_files import INDEX
+from finetune.merging.checks import check_base
 from finetune.merging.plan import MergePlan, PlannedTensor
 from finetune.merging.quantized import dequantized, is_quantized
+from finetune.merging.update import LowRank
 from finetune.model import DTYPES, write_generation_config
 
-_BLOCK_BYTES = 32 << 20
+_BLOCK_BYTES = 8 << 20  # of the base; twice as many in float32
+_KEPT_BYTES = 31 << 20
 
 
-def write_merged(plan: MergePlan, folder: Path, base_hashes: dict[str, str]) -> dict[str, str]:
+def write_merged(plan: MergePlan, folder: Path) -> dict[str, str]:
     """Writes weights, index, config, tokenizer and generation_config into a folder.
 
-    Args:
-        base_hashes: sha256 of the base's files, by name.
-
     Returns:
-        sha256 of the weight files written, by name.
+        sha256 of the weight files written, by name; they are on the disk.
 
     Raises:
-        CheckFailed: a file of the base changed since it was checked.
+        CheckFailed: what was read is not the base that the adapter was trained on.
     """
-    hashes = {}
-    for path, tensors in plan.files.items():
-        hashes[path.name], read = _write_shard(plan, path, tensors, folder / path.name)
-        if read != base_hashes[path.name]:
-            raise CheckFailed(f"{path}: changed while it was merged; nothing is published")
+    _keep_freed_memory()
+    written, read = {}, {}
+    with _threads_for(plan):
+        for path, tensors in plan.files.items():
+            found = _write_shard(plan, path, tensors, folder / path.name)
+            written[path.name], read[path.name] = found
+    check_base(plan, read)
     if len(plan.files) > 1 or (plan.base.folder / INDEX).is_file():
         _write_index(plan, folder)
     settings = artifact.read_json(plan.base.folder / "config.json")
@@ -53,7 +56,28 @@ def write_merged(plan: MergePlan, folder: Path, base_hashes: dict[str, str]) -> 
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(plan.base.tokenizer, folder)
     write_generation_config(plan.base, folder)
-    return hashes
+    return written
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep what blocks free; the page faults of fresh ones cost more than the merge.
+
+    It gives back to the system whatever is freed above twice the largest mapped block that it has
+    seen freed, and never counts blocks above 32 MiB.
+    """
+    torch.empty(_KEPT_BYTES, dtype=torch.uint8)
+
+
+@contextlib.contextmanager
+def _threads_for(plan: MergePlan) -> Iterator[None]:
+    """One thread for low-rank updates: more would spin beside the two that hash, and wait."""
+    before = torch.get_num_threads()
+    if all(isinstance(update, LowRank) for update in plan.updates.values()):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _write_shard(
@@ -61,18 +85,20 @@ def _write_shard(
 ) -> tuple[str, str]:
     """One file; returns the sha256 of what was written and of what was read."""
     by_name = {tensor.stored.name: tensor for tensor in tensors}
-    written = BackgroundSha256()
-    with HashedReading(path) as reading, out.open("wb") as file:
+    with (
+        out.open("wb") as file,
+        HashedReading(path) as reading,
+        BackgroundSha256(first=file.write) as written,
+    ):
 
         def make(name: str) -> Iterable[torch.Tensor]:
             return merged_pieces(plan, reading, by_name[name])
 
         for content in file_content([tensor.planned for tensor in tensors], make):
             written.update(content)
-            file.write(content)
-        found = reading.finish()
-    digest = written.hexdigest()
-    written.close()
+        found, digest = reading.finish(), written.hexdigest()
+        file.flush()
+        os.fsync(file.fileno())
     return digest, found
 
 
@@ -84,17 +110,23 @@ def merged_pieces(
     The base is first rounded to the type it was trained in: that model is the one to reproduce.
     """
     trained, dtype = DTYPES[plan.trained_dtype], DTYPES[plan.dtype]
+    update = tensor.update
     is_rounded = plan.target == "dequantized" and is_quantized(
         plan.quantization, tensor.stored.name
     )
-    if tensor.update is None and not is_rounded:
-        for block in reading.blocks(tensor.stored, _BLOCK_BYTES):
-            yield block.to(trained).to(dtype)
+    if is_rounded or not (update is None or isinstance(update, LowRank)):
+        weight = reading.tensor(tensor.stored).to(trained)
+        if is_rounded:
+            weight = dequantized(weight, plan.quantization)
+        yield (update.apply(weight) if update else weight).to(dtype)
         return
-    weight = reading.tensor(tensor.stored).to(trained)
-    if is_rounded:
-        weight = dequantized(weight, plan.quantization)
-    yield (tensor.update.apply(weight) if tensor.update else weight).to(dtype)
+    start = 0
+    for block in reading.blocks(tensor.stored, _BLOCK_BYTES):
+        rows = block.to(trained)
+        if isinstance(update, LowRank):
+            rows = update.rows(start, start + len(block)).apply(rows)
+        start += len(block)
+        yield rows.to(dtype)
 
 
 def _write_index(plan: MergePlan, folder: Path) -> None:

@@ -23,7 +23,7 @@ def test_a_tiny_run_from_end_to_end(tmp_path):
     assert result["files"] >= 4
     assert 0.05 < result["merge"]["peak_gib"] < 1.5
     assert next(iter(result["merge"]["phases"])) == "check"
-    assert result["proof"]["rows"] == 3
+    assert result["proof"]["rows"] == 5
     assert result["peft"]["peak_gib"] > 0
 
 

@@ -14,10 +14,23 @@ from finetune.__main__ import main
 from finetune.inference import open_variant
 from finetune.merging.plan import TARGETS
 from finetune.merging.update import ByPeft, LowRank, read_updates
+from finetune.methods import why_not_merged
 
 CASES = [(name, "full") for name in MERGED]
 CASES += [(name, target) for name in ("qlora nf4", "qdora nf4", "qlora int8") for target in TARGETS]
-BY_PEFT = ("dora", "qdora", "loha", "oft", "ia3", "miss")
+BY_PEFT = (
+    "dora",
+    "qdora",
+    "vera",
+    "loha",
+    "lokr",
+    "oft",
+    "boft",
+    "hra",
+    "ia3",
+    "miss",
+    "ln_tuning",
+)
 
 
 def merged(done, folder, capsys, *options):
@@ -37,7 +50,7 @@ def test_merged_is_attached(trained, tmp_path, capsys, name, target, kind):
     updates = read_updates(done.run.adapter)
     used = ByPeft if name.split()[0] in BY_PEFT else LowRank
     assert {type(update) for update in updates.values()} == {used}
-    assert sorted(n for u in updates.values() for n in u.parts) == sorted(adapter_tensors(done.run))
+    assert {n for u in updates.values() for n in u.parts} == set(adapter_tensors(done.run))
     assert (record["matrices"], record["base_weights"]) == (len(updates), target)
     assert record["tied"] == (kind == "tied")
     proof = record["proof"]
@@ -61,7 +74,18 @@ def test_merged_is_attached(trained, tmp_path, capsys, name, target, kind):
     assert worst <= tolerances.MERGED_LOGITS_FLOAT32
 
 
-@pytest.mark.parametrize("name", ["dora", "loha", "oft", "ia3", "miss"])
+@pytest.mark.parametrize("name", ["prompt_tuning", "prefix_tuning", "trainable_tokens"])
+def test_what_no_weights_can_hold_says_why(trained, tmp_path, capsys, name):
+    done = trained(name)
+    assert main(["merge", str(done.run.path), "--out", str(tmp_path / "merged")]) == 2
+    error = capsys.readouterr().err
+    assert why_not_merged(done.run.config().adapter) in error
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["dora", "vera", "loha", "lokr", "oft", "ia3", "miss", "ln_tuning"]
+)
 def test_in_bfloat16(trained, tmp_path, capsys, name):
     done, folder = trained(name, "tied", "bfloat16"), tmp_path / "merged"
     proof = merged(done, folder, capsys)[0]["proof"]
