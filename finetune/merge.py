@@ -27,6 +27,7 @@ from finetune.merging.members import WAYS, Combination, asked_for, read_members
 from finetune.merging.plan import TARGETS, MergePlan, planned_files
 from finetune.merging.update import Update, read_updates
 from finetune.merging.writing import write_merged
+from finetune.methods import why_not_merged
 from finetune.model import DTYPES, find_base
 from finetune.proof import prove
 from finetune.run_folder import RunFolder, find_run, locked
@@ -46,7 +47,7 @@ def plan_merge(
         combination: of the run's adapter and others; None for the run's alone.
 
     Raises:
-        InputError: no adapter, a target without effect, or adapters that are not combined.
+        InputError: no adapter, a method that is not merged, a target without effect, or adapters that are not combined.
         CheckFailed: damaged adapter, or one that is not merged.
     """
     config = run.config()
@@ -57,6 +58,8 @@ def plan_merge(
             else "is not trained yet"
         )
         raise InputError(f"{run.path}: {why}; there is no adapter to merge")
+    if reason := why_not_merged(config.adapter):
+        raise InputError(f"{run.path}: {reason}")
     quantization = config.base.quantization
     if target == "dequantized" and quantization == "none":
         raise InputError("--base dequantized: the run's base is not quantised")
