@@ -47,7 +47,8 @@ def plan_merge(
         combination: of the run's adapter and others; None for the run's alone.
 
     Raises:
-        InputError: no adapter, a method that is not merged, a target without effect, or adapters that are not combined.
+        InputError: no adapter, a method that is not merged, a target without effect, or adapters
+            that are not combined.
         CheckFailed: damaged adapter, or one that is not merged.
     """
     config = run.config()
