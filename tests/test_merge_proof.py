@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.__main__ import main
 from finetune.merge import merge
+from finetune.model import find_base
 from finetune.proof import _proof_documents
 from finetune.proof_weights import WEIGHT_ULPS, _block_error
 from finetune.run_folder import RunFolder
@@ -36,8 +37,6 @@ def whole_logits(model, documents):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layer_by_layer_gives_the_figures_of_whole_models(run, small_base, dtype):
-    from finetune.model import find_base
-
     proof = merge(run, dtype=dtype)["proof"]
     documents = _proof_documents(run, find_base(run.config(), run.path))
     base = AutoModelForCausalLM.from_pretrained(small_base)
@@ -62,6 +61,21 @@ def test_layer_by_layer_gives_the_figures_of_whole_models(run, small_base, dtype
     assert abs(proof["same_next_token"] - same) <= 2, "two nearly equal logits may swap"
     for name, value in expected.items():
         assert proof[name] == pytest.approx(value, rel=tolerances.LAYERWISE_PROOF), name
+
+
+def test_what_was_trained_in_16_bits_is_multiplied_in_float32(bench, small_base):
+    """Else the arithmetic's own rounding would be most of the difference, the deeper the more."""
+    run = bench.train("base.dtype=bfloat16")
+    proof = merge(run)["proof"]
+    base = find_base(run.config(), run.path)
+    documents = _proof_documents(run, base)
+    plain = AutoModelForCausalLM.from_pretrained(small_base, dtype=torch.bfloat16).float()
+    merged = AutoModelForCausalLM.from_pretrained(run.merged).float()
+    attached = whole_logits(PeftModel.from_pretrained(plain, run.adapter).eval(), documents)
+    pairs = zip(attached, whole_logits(merged.eval(), documents), strict=True)
+    worst = float(max((a - b).abs().max() for a, b in pairs))
+    assert proof["dtype"] == "bfloat16", "the limits are those of the merged type"
+    assert proof["max_logit_difference"] == pytest.approx(worst, rel=tolerances.LAYERWISE_PROOF)
 
 
 def test_above_its_budget_the_next_tokens_stand_for_greedy_text(run, monkeypatch, capsys):
