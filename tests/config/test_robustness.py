@@ -12,7 +12,11 @@ from finetune.config.loader import load
 from finetune.config.schema import KNOWN_PATHS, SECTIONS
 from finetune.errors import InputError
 
-ANY_CASE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+ANY_CASE = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=100,
+    deadline=None,  # a busy machine is no fault of the config
+)
 
 PATHS = st.sampled_from(
     [*KNOWN_PATHS, *SECTIONS, "extends", "base.architecture.dim", "data.train.0"]

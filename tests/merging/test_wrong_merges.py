@@ -33,6 +33,20 @@ class Transposed:
     def read(self):
         return self._stored.read().T.reshape(self.shape).contiguous()
 
+    def rows(self, start, stop):
+        return Rows(self, start, stop)
+
+
+class Rows:
+    """Some rows of it."""
+
+    def __init__(self, whole, start, stop):
+        self.name, self._whole, self._rows = whole.name, whole, slice(start, stop)
+        self.shape = (stop - start, *whole.shape[1:])
+
+    def read(self):
+        return self._whole.read()[self._rows]
+
 
 def scaled(updates):
     return {name: with_scale(update, 1.1) for name, update in updates.items()}
