@@ -27,6 +27,8 @@ from typing import Any
 
 import yaml
 
+from benchmarks.compare_table import show
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "lora_nano.yaml"
 NUM_STEPS, TIMED_STEPS = 150, 40
@@ -271,11 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {"date": time.strftime("%Y-%m-%d"), "steps": NUM_STEPS, "methods": table}
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    from benchmarks.compare_table import as_markdown, draw
-
-    print(as_markdown(result))
-    if args.plot:
-        draw(result, args.plot)
+    show(result, args.plot)
     return 0
 
 

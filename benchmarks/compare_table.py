@@ -45,6 +45,13 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{mean} ± {format((max(values) - min(values)) / 2, form)}"
 
 
+def show(result: dict[str, Any], plot: Path | None) -> None:
+    """Prints the table, and draws the plot where one is asked for."""
+    print(as_markdown(result))
+    if plot:
+        draw(result, plot)
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """Held-out loss over the number of trained parameters; bars are the range over the seeds."""
     import matplotlib
@@ -76,10 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("result", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args(argv)
-    result = json.loads(args.result.read_text(encoding="utf-8"))
-    print(as_markdown(result))
-    if args.plot:
-        draw(result, args.plot)
+    show(json.loads(args.result.read_text(encoding="utf-8")), args.plot)
     return 0
 
 

@@ -108,8 +108,7 @@ def document_losses(
 ) -> list[float]:
     """The loss sum of each document by itself, whatever number it is."""
     with evaluating(model):
-        rows = [to_device(pack([(d.input_ids, d.train_mask)]), device) for d in documents]
-        return [float(token_losses(model, row).double().sum()) for row in rows]
+        return [loss for d in documents for loss in _loss_sums(model, [d], device)]
 
 
 def total_of(rows: Sequence[tuple[float, int]]) -> HeldoutLoss:
@@ -127,14 +126,18 @@ def total_of(rows: Sequence[tuple[float, int]]) -> HeldoutLoss:
 def _score_batch(
     model: torch.nn.Module, documents: Sequence[Document], device: torch.device
 ) -> list[tuple[float, int]]:
-    packed = to_device(pack([(d.input_ids, d.train_mask) for d in documents]), device)
-    losses = token_losses(model, packed).double().cpu()
     rows = []
-    for document, part in zip(
-        documents, losses.split([d.num_trained for d in documents]), strict=True
-    ):
-        total = part.sum().item()
+    for document, total in zip(documents, _loss_sums(model, documents, device), strict=True):
         if not math.isfinite(total):
             raise CannotContinue(f"{document.example.where}: the held-out loss is {total}")
         rows.append((total, document.num_trained))
     return rows
+
+
+def _loss_sums(
+    model: torch.nn.Module, documents: Sequence[Document], device: torch.device
+) -> list[float]:
+    """The loss sum of each document, all laid in one row."""
+    packed = to_device(pack([(d.input_ids, d.train_mask) for d in documents]), device)
+    losses = token_losses(model, packed).double().cpu()
+    return [part.sum().item() for part in losses.split([d.num_trained for d in documents])]

@@ -209,8 +209,7 @@ class _Row(NamedTuple):
 def _row(row: RowText, hasher: GramHasher) -> _Row:
     prompt, answer = row.folded_prompt, row.folded_answer
     return _Row(
-        digest(row.prompt, row.answer),
-        digest(prompt, answer),
+        *row.digests(),
         digest(prompt) if prompt else b"",
         digest(answer),
         hasher(prompt),

@@ -13,7 +13,7 @@ from typing import Any
 from finetune.overlap import RowText, TextDigests
 from finetune.rendering import Outcome, Renderer
 from finetune.shapes import Example
-from finetune.suspicion import CHECKS
+from finetune.suspicion import checks_that_hold
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class RowWork:
             RowResult(
                 outcome,
                 text.digests(),
-                tuple(check.name for check in CHECKS if check.holds(text)),
+                tuple(check.name for check in checks_that_hold(text)),
             )
             for outcome, text in zip(self._renderer(examples), map(row_text, examples), strict=True)
         ]

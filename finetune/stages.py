@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from finetune.config.adapter import READS_DATA
 from finetune.data import RunData, load_data
 from finetune.data_starts import NUM_TOKENS, StartInputs
 from finetune.errors import CannotContinue, CheckFailed, InputError
-from finetune.llama.safetensors_pieces import stored_tensors
+from finetune.llama.safetensors_pieces import Stored, stored_tensors
 from finetune.llama.tokenizer import save_tokenizer
 from finetune.model import (
     Base,
@@ -134,13 +135,16 @@ def prepare_model(
 def start_inputs(config: RunConfig, base: Base, data: RunData) -> StartInputs:
     """Rows of the training side in the order of the seed, and the base's weights; both are read
     only where the initialisation asks for them."""
+
+    @functools.cache
+    def stored() -> dict[str, Stored]:
+        paths = weight_files(base.folder)
+        return {tensor.name: tensor for path in paths for tensor in stored_tensors(path)}
+
     dtype = getattr(torch, config.base.dtype)
-    stored = {
-        tensor.name: tensor for path in weight_files(base.folder) for tensor in stored_tensors(path)
-    }
     looks = config.adapter.init in READS_DATA
     rows = first_rows(config, data, NUM_TOKENS) if looks else []
-    return StartInputs(rows, lambda name: stored[name].read().to(dtype))
+    return StartInputs(rows, lambda name: stored()[name].read().to(dtype))
 
 
 def _working_types(config: RunConfig) -> tuple[str, str]:

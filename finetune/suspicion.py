@@ -80,13 +80,17 @@ class Suspicion:
     places: tuple[str, ...]
 
 
+def checks_that_hold(row: RowText) -> tuple[Check, ...]:
+    """The reasons for suspicion that one row gives, in the order of `CHECKS`."""
+    return tuple(check for check in CHECKS if check.holds(row))
+
+
 def suspicions(rows: Iterable[RowText]) -> list[Suspicion]:
     """What `CHECKS` find, in their order; checks without a row are left out."""
     places: dict[str, list[str]] = {check.name: [] for check in CHECKS}
     for row in rows:
-        for check in CHECKS:
-            if check.holds(row):
-                places[check.name].append(row.where)
+        for check in checks_that_hold(row):
+            places[check.name].append(row.where)
     return [Suspicion(c, tuple(places[c.name])) for c in CHECKS if places[c.name]]
 
 

@@ -174,14 +174,15 @@ class OurSeams(Trainer):
 
     def _what_is_not_finite(self, model: torch.nn.Module, norm: float) -> str:
         """Which tensors and rows: the weights have not moved yet, so the rows are asked again."""
-        weights = not_finite(model.named_parameters())
-        gradients = not_finite((n, p.grad) for n, p in model.named_parameters())
         rows = [place for place, loss in self._losses_of_step() if not math.isfinite(loss)]
+        named = {
+            "weights not finite": not_finite(model.named_parameters()),
+            "gradients not finite": not_finite((n, p.grad) for n, p in model.named_parameters()),
+            "rows whose loss is not finite": rows[:8],
+        }
         found = [
             f"step {self.state.global_step + 1}: loss is {self.step_loss}, gradient norm {norm}",
-            *(f"weights not finite: {', '.join(weights)}" for _ in weights[:1]),
-            *(f"gradients not finite: {', '.join(gradients)}" for _ in gradients[:1]),
-            *(f"rows whose loss is not finite: {', '.join(rows[:8])}" for _ in rows[:1]),
+            *(f"{what}: {', '.join(names)}" for what, names in named.items() if names),
         ]
         return f"{'; '.join(found)}. Stopped before the weights moved. Try a lower learning rate"
 

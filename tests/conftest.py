@@ -120,3 +120,34 @@ def bench(tmp_path, small_base):
     from small_runs import Bench
 
     return Bench(tmp_path, small_base)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Layers of 64 columns: threads that wait for each other take most of the time."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, small_base, untied_base):
+    """`trained("dora", "untied", "bfloat16")`: three steps of a case of the methods' contract,
+    trained once for all tests."""
+    from method_cases import CASES, train_case
+
+    made = {}
+    bases = {"tied": small_base, "untied": untied_base}
+
+    def build(name, kind="tied", dtype="float32"):
+        if CASES[name].quantized != "none":
+            pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
+        if (name, kind, dtype) not in made:
+            folder = tmp_path_factory.mktemp("case")
+            made[name, kind, dtype] = train_case(folder, bases[kind], CASES[name], dtype)
+        return made[name, kind, dtype]
+
+    return build

@@ -16,7 +16,6 @@ from method_cases import (
     inputs_of,
     logits,
     plain,
-    train_case,
 )
 from peft import PeftConfig
 from safetensors.torch import load_file
@@ -33,29 +32,8 @@ from finetune.model import find_base
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Layers of 64 columns: threads that wait for each other take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, small_base, untied_base):
-    """`trained("dora", "untied", "bfloat16")`: three steps, trained once for all tests."""
-    made: dict[tuple[str, str, str], Trained] = {}
-    bases = {"tied": small_base, "untied": untied_base}
-
-    def build(name: str, kind: str = "tied", dtype: str = "float32") -> Trained:
-        if CASES[name].quantized != "none":
-            pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
-        if (name, kind, dtype) not in made:
-            folder = tmp_path_factory.mktemp("case")
-            made[name, kind, dtype] = train_case(folder, bases[kind], CASES[name], dtype)
-        return made[name, kind, dtype]
-
-    return build
+def _small_layers(one_thread):
+    """Of every test here."""
 
 
 def section_of(done: Trained) -> AdapterSection:

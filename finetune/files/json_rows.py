@@ -26,8 +26,8 @@ _ROWS_UNDER = ("data", "rows", "examples", "train", "test")
 _CHUNK = 2**18  # characters
 _NEXT = re.compile(r"[ \t\r\n]*")
 # A number, a literal or an escape that the window cuts in two is wrong at most this far before
-# the window's end (-Infinity, and two \uXXXX of a pair, are the longest). Longer numbers are not
-# an exception: their digits so far are a number, and the error stands right behind them.
+# the window's end (-Infinity, and the two escapes of a surrogate pair, are the longest). Longer
+# numbers are no exception: their digits so far are a number, and the error stands right behind.
 _CUT = 32
 
 

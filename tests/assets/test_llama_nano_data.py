@@ -9,8 +9,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-
-sentencepiece = pytest.importorskip("sentencepiece")
+import sentencepiece
 
 NANO = Path(__file__).parents[2] / "assets" / "llama-nano"
 MAKE, DATA = NANO / "make", NANO / "data"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from small_runs import NANO, ROOT, embedded_rows, write_rows
+from small_runs import ROOT, embedded_rows, write_rows
 
 from finetune.__main__ import main
 from finetune.config.loader import load
@@ -25,8 +25,6 @@ def skip_where_impossible(path):
     config = load(path).config
     if config.base.quantization != "none":
         pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
-    if path.stem == "lora_nano" and not (NANO / "config.json").exists():
-        pytest.skip(f"{NANO} has no weights: run configs/pretrain_nano.yaml")
     return config
 
 

@@ -6,8 +6,6 @@ import json
 import re
 
 import pytest
-import torch
-from method_cases import CASES, train_case
 from small_runs import Bench
 
 from finetune.__main__ import main
@@ -36,12 +34,8 @@ RUNS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Layers of 64 columns: threads that wait for each other take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _small_layers(one_thread):
+    """Of every test here."""
 
 
 @pytest.fixture(scope="module")
@@ -77,20 +71,3 @@ def merged(make, tmp_path, capsys):
         return tmp_path / "out" / "merged", record
 
     return run
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, small_base, untied_base):
-    """`trained("dora", "untied", "bfloat16")`: three steps of a case of the methods' contract."""
-    made = {}
-    bases = {"tied": small_base, "untied": untied_base}
-
-    def build(name, kind="tied", dtype="float32"):
-        if CASES[name].quantized != "none":
-            pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
-        if (name, kind, dtype) not in made:
-            folder = tmp_path_factory.mktemp("case")
-            made[name, kind, dtype] = train_case(folder, bases[kind], CASES[name], dtype)
-        return made[name, kind, dtype]
-
-    return build
