@@ -33,7 +33,7 @@ from finetune.row_work import RowResult, RowWork, row_text
 from finetune.shapes import Example, read_examples
 
 BLOCK = 1000  # rows that are rendered together
-BLOCK_CHARACTERS = 1 << 20  # or so many of their texts; each takes some 90 bytes on the way to ids
+BLOCK_CHARACTERS = 1 << 19  # or so many of their texts; each takes some 90 bytes on the way to ids
 SIDES = ("train", "heldout")
 
 

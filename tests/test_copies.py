@@ -17,79 +17,127 @@ from finetune.errors import CannotContinue, InputError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copies are forked on Linux alone")
 ROOT = Path(__file__).resolve().parents[1]
+HERE = os.getpid()
 
 
-def with_pid(number: int) -> tuple[int, int]:
-    time.sleep(0.002 * (number % 3))
-    return number * number, os.getpid()
+def with_pid(numbers):
+    time.sleep(0.002 * (sum(numbers) % 3))
+    return [(number * number, os.getpid()) for number in numbers]
+
+
+def blocks_of(num_blocks: int, size: int = 120):
+    """Blocks of numbers that count on."""
+    return [range(n * size, (n + 1) * size) for n in range(num_blocks)]
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
-@pytest.mark.parametrize("num_items", [0, 1, 2, 3, 20])
-def test_every_item_has_its_answer_in_order(number, num_items):
+@pytest.mark.parametrize("size", [1, 7, 120])
+@pytest.mark.parametrize("num_blocks", [0, 1, 2, 3, 20])
+def test_every_item_has_its_answer_in_order(number, num_blocks, size):
+    blocks = blocks_of(num_blocks, size)
     with Copies(with_pid, number) as copies:
         for _ in range(2):  # a second file
-            answers = list(copies.map(range(num_items)))
-            assert [(n, answer) for n, (answer, _) in answers] == [
-                (n, n * n) for n in range(num_items)
-            ]
-            pids = [pid for _, (_, pid) in answers]
-            assert set(pids[:1]) <= {os.getpid()}, "the first is done here"
-            expected = min(number, max(num_items - 1, 0))
-            assert len(set(pids) - {os.getpid()}) == expected
+            answers = list(copies.map(iter(blocks)))
+            assert [block for block, _ in answers] == blocks
+            pids = []
+            for block, found in answers:
+                assert [answer for answer, _ in found] == [n * n for n in block]
+                pids.append({pid for _, pid in found})
+            assert set().union(*pids[:1]) <= {os.getpid()}, "the first is done here"
+            expected = min(number, max(num_blocks - 1, 0))
+            others = set().union(*pids) - {os.getpid()}
+            assert len(others) == expected
 
 
-def test_items_are_read_only_a_little_ahead():
+def work_for_long(numbers):
+    """A copy needs as long as this process for 75 of a block's 130 items."""
+    time.sleep(0.002 * len(numbers) if os.getpid() == HERE else 0.15)
+    return [os.getpid() for _ in numbers]
+
+
+def test_this_process_works_too_and_leaves_the_rest_of_a_block_to_a_copy():
+    with Copies(work_for_long, 1) as copies:
+        answers = [found for _, found in copies.map(blocks_of(9, 130))]
+    shares = [found.count(os.getpid()) for found in answers[1:]]
+    assert any(0 < share < 130 for share in shares)
+
+
+def test_blocks_are_read_only_a_little_ahead():
     read = []
 
-    def items():
+    def blocks():
         for number in range(50):
             read.append(number)
-            yield number
+            yield [number]
 
     with Copies(with_pid, 2) as copies:
-        for number, _ in copies.map(items()):
-            assert len(read) <= number + 4
+        for (number,), _ in copies.map(blocks()):
+            assert len(read) <= number + 7
 
 
-def refuse_five(number: int) -> int:
-    if number == 5:
+def slow_at_one(numbers):
+    time.sleep(0.3 if 1 in numbers else 0)
+    return list(numbers)
+
+
+def test_a_slow_copy_is_waited_for():
+    """Else what the others answer would pile up."""
+    read = []
+
+    def blocks():
+        for number in range(50):
+            read.append(number)
+            yield [number]
+
+    with Copies(slow_at_one, 2) as copies:
+        for (number,), found in copies.map(blocks()):
+            assert found == [number]
+            assert len(read) <= number + 7
+
+
+def singles(numbers):
+    return ([number] for number in numbers)
+
+
+def refuse_five(numbers):
+    if 5 in numbers:
         raise InputError("five")
-    return number
+    return list(numbers)
 
 
 def test_what_the_function_raises_is_raised_here_and_later_items_are_not_mixed_up():
     with Copies(refuse_five, 2) as copies:
         with pytest.raises(InputError, match="five"):
-            list(copies.map(range(20)))
-        assert list(copies.map(range(5))) == [(n, n) for n in range(5)]
+            list(copies.map(singles(range(20))))
+        assert list(copies.map(singles(range(5)))) == [([n], [n]) for n in range(5)]
 
 
 def test_items_that_cannot_be_read_end_it():
     def items():
-        yield from range(4)
+        yield from singles(range(4))
         raise InputError("line 5")
 
     with Copies(with_pid, 1) as copies:
         with pytest.raises(InputError, match="line 5"):
             list(copies.map(items()))
-        assert [n for n, _ in copies.map(range(3))] == [0, 1, 2]
+        assert [n for (n,), _ in copies.map(singles(range(3)))] == [0, 1, 2]
 
 
-def die_at_three(number: int) -> int:
-    if number == 3:
+def die(numbers):
+    if os.getpid() != HERE:
         os.kill(os.getpid(), signal.SIGKILL)
-    return number
+    return list(numbers)
 
 
 def test_a_killed_copy_is_said():
-    with Copies(die_at_three, 1) as copies, pytest.raises(CannotContinue, match="exit code -9"):
-        list(copies.map(range(10)))
+    with Copies(die, 1) as copies, pytest.raises(CannotContinue, match="exit code -9"):
+        list(copies.map(singles(range(10))))
 
 
 def test_copies_are_gone_when_nobody_asks_any_more():
     with Copies(with_pid, 2) as copies:
-        pids = {pid for _, (_, pid) in copies.map(range(9))} - {os.getpid()}
+        answers = copies.map(blocks_of(9))
+        pids = {pid for _, found in answers for _, pid in found} - {os.getpid()}
         assert len(pids) == 2
     for pid in pids:
         with pytest.raises(ProcessLookupError):
@@ -100,9 +148,10 @@ def test_copies_end_with_a_process_that_is_killed(tmp_path):
     script = textwrap.dedent("""
         import os, time
         from finetune.copies import Copies
-        def pid(item): return os.getpid()
+        def pid(items): return [os.getpid()] * len(items)
         with Copies(pid, 3) as copies:
-            print(*{p for _, p in copies.map(range(9))} - {os.getpid()}, flush=True)
+            answers = copies.map([[n] for n in range(9)])
+            print(*{p for _, found in answers for p in found} - {os.getpid()}, flush=True)
             time.sleep(60)
     """)
     process = subprocess.Popen(
