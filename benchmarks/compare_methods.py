@@ -112,7 +112,8 @@ def config_of(
 
 def run_key(name: str, rate: float, seed: int, steps: int = NUM_STEPS) -> str:
     """The name of a run's folder."""
-    return f"{name.replace(' ', '_')}-{rate:g}-seed{seed}-{steps}"
+    name = name.replace(" ", "_").replace("+", "plus")  # a run's name has no other letters
+    return f"{name}-{rate:g}-seed{seed}-{steps}"
 
 
 class Runs:

@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,11 @@ def sha256_of_json(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Replaces a JSON file in one step."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, _json_text(value))
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,9 +62,58 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _fsync_folder(path.parent)
+        _fsync(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CannotContinue(f"{path}: could not be written: {error}") from error
+        raise
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and what it lies in, so that a power cut does not take a new one away."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    _fsync(path.parent)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder as it was once: this one, not another that took its name.
+
+    Attributes:
+        path: its name.
+        identity: device and inode.
+    """
+
+    path: Path
+    identity: tuple[int, int]
+
+    @classmethod
+    def of(cls, path: Path) -> Place:
+        """The folder that has the name now."""
+        found = path.stat()
+        return cls(path, (found.st_dev, found.st_ino))
+
+    def refuse_another(self) -> None:
+        """Compares the folder with what it was.
+
+        Raises:
+            CannotContinue: it is gone, or another one is in its place.
+        """
+        try:
+            if Place.of(self.path) == self:
+                return
+            found = "is another folder than the run began in"
+        except OSError:
+            found = "is gone"
+        raise CannotContinue(
+            f"{self.path}: {found}; nothing is written there. Put the folder back and start again: "
+            "the run goes on from its last checkpoint"
+        )
 
 
 def read_json(path: Path) -> Any:
@@ -101,11 +155,12 @@ def staged(
         raise InputError(f"{final}: exists already; choose another name or remove it first")
     stage = final.parent / f".{final.name}.tmp-{secrets.token_hex(4)}"
     try:
-        stage.mkdir(parents=True)
+        make_folder(final.parent)
+        stage.mkdir()
         yield stage
         _write_manifest(stage, dict(facts or {}), hashes or {})
         os.rename(stage, final)
-        _fsync_folder(final.parent)
+        _fsync(final.parent)
     except OSError as error:
         raise CannotContinue(
             f"{final}: could not be written: {error}; nothing published"
@@ -127,8 +182,11 @@ def sweep(folder: Path) -> list[str]:
 def remove(folder: Path) -> None:
     """Deletes a published folder, un-publishing it first: a half-deleted one has no name left."""
     trash = folder.parent / f".{folder.name}.tmp-trash-{secrets.token_hex(4)}"
-    os.rename(folder, trash)
-    shutil.rmtree(trash)
+    try:
+        os.rename(folder, trash)
+        shutil.rmtree(trash)
+    except OSError as error:
+        raise CannotContinue(f"{folder}: could not be removed: {error}") from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -139,13 +197,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes().decode()
+        manifest = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckFailed(f"{path}: no readable manifest ({error})") from None
     is_ours = isinstance(manifest, dict) and manifest.keys() == {"facts", "files", "sha256"}
     if not is_ours or not all(isinstance(manifest[key], dict) for key in ("facts", "files")):
         raise CheckFailed(f"{path}: not a manifest of this toolkit")
-    if manifest["sha256"] != _own_hash(manifest):
+    # Any other text than the one that was written is damaged, were it by a space.
+    if text != _json_text(manifest) or manifest["sha256"] != _own_hash(manifest):
         raise CheckFailed(f"{path}: its content differs from what was published (sha256)")
     return manifest
 
@@ -201,7 +261,7 @@ def _write_manifest(
         files[name] = {"bytes": path.stat().st_size, "sha256": digest}
     for path in folder.rglob("*"):
         if path.is_dir():
-            _fsync_folder(path)  # or a crash could lose a name in it, though not its bytes
+            _fsync(path)  # or a crash could lose a name in it, though not its bytes
     manifest = {"facts": json.loads(json.dumps(facts)), "files": files}
     write_json(folder / MANIFEST, {**manifest, "sha256": _own_hash(manifest)})
 
@@ -217,12 +277,9 @@ def _file_names(folder: Path) -> list[str]:
 
 
 def _fsync(path: Path) -> None:
+    """Makes a file's bytes, or the names in a folder, outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _fsync_folder(path: Path) -> None:
-    _fsync(path)

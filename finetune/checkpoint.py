@@ -86,8 +86,15 @@ def _set_aside(path: Path) -> Path:
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Removes the oldest beyond `keep`; each is un-published before it is deleted."""
-    for path in list_checkpoints(checkpoints)[:-keep]:
+    """Removes what is older than the newest `keep` that verify; a damaged one does not count.
+
+    Each is un-published before it is deleted.
+    """
+    existing = list_checkpoints(checkpoints)
+    sound = 0
+    while existing and sound < keep:
+        sound += not artifact.findings_of(existing.pop())
+    for path in existing:
         artifact.remove(path)
 
 

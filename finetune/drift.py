@@ -59,6 +59,12 @@ def changes_between(old: RunConfig, new: RunConfig) -> list[Change]:
     ]
 
 
+def acting_settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting with a say in what is trained, by its key; the place of the run has none."""
+    silent = FREE | {"run.name", "run.dir"}
+    return {key: value for key, value in _flat(config.model_dump()).items() if key not in silent}
+
+
 def refused(changes: Iterable[Change], allowed: Sequence[str]) -> list[Change]:
     """The changes that are neither free nor allowed.
 

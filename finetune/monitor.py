@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune.artifact import write_text
+from finetune.errors import CannotContinue
 from finetune.trainer import OurSeams
 
 SAME_REQUEST_SECONDS = 2.0
@@ -137,7 +140,7 @@ class StepMetrics(TrainerCallback):
     ) -> None:
         """Drops the lines of steps that a resumed run will do again."""
         kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = self.path.open("a", encoding="utf-8")
         self.heldout_steps = {row["step"] for row in kept if "heldout_loss" in row}
         self.progress.begin(state.global_step, state.max_steps)
@@ -164,6 +167,8 @@ class StepMetrics(TrainerCallback):
             done = " (skipped)" if trainer.ours.on_spike == "skip" else ""
             print(f"spike    step {state.global_step}{done}: {spike}", file=sys.stderr)
         self.progress.step(state.global_step, trainer.step_loss, trainer.step_num_tokens, seconds)
+        if control.should_save and self.file is not None:
+            os.fsync(self.file.fileno())  # a checkpoint goes on from here: these lines are its own
 
     def on_evaluate(
         self,
@@ -193,8 +198,11 @@ class StepMetrics(TrainerCallback):
 
     def _write(self, **values: Any) -> None:
         assert self.file is not None, "training has begun"
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise CannotContinue(f"{self.path}: could not be written: {error}") from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

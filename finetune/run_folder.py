@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from finetune.artifact import read_json, remove, sweep, write_json, write_text
+from finetune.artifact import make_folder, read_json, remove, sweep, write_json, write_text
 from finetune.config import RunConfig
 from finetune.config.loader import Loaded, dump, read_run_config
 from finetune.drift import FREE, Change, changes_between, refused, remember
@@ -112,7 +112,7 @@ def open_run(loaded: Loaded, allowed: Sequence[str] = ()) -> RunFolder:
             _take_over(run, changes, allowed)
         elif (run.path / "base").is_dir():  # random weights, of the other config
             remove(run.path / "base")
-    run.path.mkdir(parents=True, exist_ok=True)
+    make_folder(run.path)
     write_text(run.config_file, dump(loaded))
     return run
 
@@ -146,8 +146,9 @@ def run_of(loaded: Loaded) -> RunFolder:
 
 def _never_began(run: RunFolder) -> bool:
     """Whether the folder's start was refused (exit 2) before a checkpoint or a result."""
-    results = (run.checkpoints, run.adapter, run.model)
-    return run.state().get("exit_code") == 2 and not any(path.exists() for path in results)
+    if run.checkpoints.is_dir() and any(run.checkpoints.iterdir()):
+        return False
+    return run.state().get("exit_code") == 2 and not (run.adapter.exists() or run.model.exists())
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from finetune.config import RunConfig
 from finetune.config.adapter import READS_DATA
 from finetune.data import RunData, load_data
 from finetune.data_starts import NUM_TOKENS, StartInputs
+from finetune.drift import acting_settings
 from finetune.errors import CannotContinue, CheckFailed, InputError
 from finetune.llama.safetensors_pieces import Stored, stored_tensors
 from finetune.llama.tokenizer import save_tokenizer
@@ -172,32 +173,21 @@ def gather_parts(
     config: RunConfig, run: RunFolder, base: Base, data: RunData, model: torch.nn.Module, ranks: int
 ) -> Parts:
     """Everything a recipe needs."""
-    return Parts(config, run.path, model, base.tokenizer, data, ranks)
+    trained_on = what_it_trains_on(config, run, base, data)
+    return Parts(config, run.path, model, base.tokenizer, data, ranks, trained_on)
 
 
-def choose_checkpoint(parts: Parts, run: RunFolder, first: bool) -> Path | None:
-    """What to go on from: the first rank verifies and sets aside, the others take its answer.
-
-    Raises:
-        InputError: it was written by another number of ranks.
-        CheckFailed: see `checkpoint.find_resumable`.
-    """
-    answer: list[Path | None] = [None]
-    if first:
-        answer = [checkpoint.find_resumable(run.checkpoints, parts.config.run.resume)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    if answer[0] is None:
-        return None
-    ranks = artifact.read_manifest(answer[0])["facts"]["num_ranks"]
-    if ranks != parts.num_ranks:
-        raise InputError(
-            f"{answer[0]}: was written by {ranks} ranks, this launch has {parts.num_ranks}: its "
-            f"steps would hold other rows. Launch {ranks}, or choose another run.name"
-        )
-    if first:
-        _say(f"resume   from {answer[0]}")
-    return answer[0]
+def what_it_trains_on(
+    config: RunConfig, run: RunFolder, base: Base, data: RunData
+) -> dict[str, Any]:
+    """By hash: the settings with a say in the numbers, the documents, the base, its tokenizer."""
+    known = artifact.read_json(_environment_file(run))
+    return {
+        "config_sha256": artifact.sha256_of_json(acting_settings(config)),
+        "documents_sha256": data.as_json()["documents_sha256"],
+        **base.identity(known["base_fingerprint"]).facts(),
+        "libraries": known["packages"],
+    }
 
 
 def describe_steps(parts: Parts, plan: BatchPlan) -> str:

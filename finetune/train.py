@@ -18,8 +18,16 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from finetune.artifact import Place
 from finetune.config.loader import Loaded, load
-from finetune.errors import FinetuneError, InputError, Interrupted, exit_code_of, run_command
+from finetune.errors import (
+    CannotContinue,
+    FinetuneError,
+    InputError,
+    Interrupted,
+    exit_code_of,
+    run_command,
+)
 
 if TYPE_CHECKING:
     from finetune.run_folder import RunFolder
@@ -71,7 +79,7 @@ def train(loaded: Loaded, allowed: Sequence[str] = ()) -> int:
 
 
 def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> None:
-    from finetune import checkpoint, stages
+    from finetune import checkpoint, resume, stages
     from finetune.monitor import Progress, StepMetrics, StopAtBoundary, stop_on_signals
     from finetune.recipes import RECIPES
     from finetune.watchdog import frozen_checksums, refuse_changed
@@ -82,13 +90,14 @@ def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> None:
     model = stages.prepare_model(config, run, base, data, is_first_rank())
     parts = stages.gather_parts(config, run, base, data, model, num_ranks())
     trainer = RECIPES[config.recipe](parts)
+    place = Place.of(run.path)
     frozen = frozen_checksums(model)
     _check_ranks(trainer.accelerator.num_processes)
     if is_first_rank():
         _say(stages.describe_steps(parts, trainer.ours.plan))
         keep = config.train.save_total_limit
         checkpoint.refuse_small_disk(model, config.train.optim, keep, run.path)
-    resumed = stages.choose_checkpoint(parts, run, is_first_rank())
+    resumed = resume.choose_checkpoint(parts, run, is_first_rank(), allowed)
     with stop_on_signals() as flag:
         stop = StopAtBoundary(flag)
         trainer.add_callback(stop)
@@ -105,6 +114,7 @@ def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> None:
         finally:
             metrics.close()
     refuse_changed(frozen, model)
+    place.refuse_another()
     stages.publish(run, base, trainer, is_first_rank())
 
 
@@ -117,7 +127,10 @@ def _state_recorded(run: RunFolder) -> Iterator[None]:
     except BaseException as error:
         state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
         reason = str(error) if isinstance(error, FinetuneError) else type(error).__name__
-        run.write_state(state=state, exit_code=exit_code_of(error), reason=reason)
+        try:
+            run.write_state(state=state, exit_code=exit_code_of(error), reason=reason)
+        except CannotContinue as other:  # the disk that ended the run, as a rule
+            _say(f"warning: {other}")
         raise
     run.write_state(state="finished", exit_code=0, reason=None)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer, TrainerControl
 
 from finetune import checkpoint
-from finetune.artifact import read_json, staged, write_json
+from finetune.artifact import Place, make_folder, read_json, staged, write_json
 from finetune.errors import CannotContinue
 from finetune.fast.loss import IGNORED, Packed, token_losses
 from finetune.heldout import HeldoutLoss, document_losses, score_rows, total_of
@@ -41,6 +41,7 @@ class TrainerInputs:
         plan: how packs become steps.
         seed: of the row order.
         checkpoints: folder of the checkpoints.
+        trained_on: what the numbers depend on, by hash, for the checkpoints' manifests.
         save_total_limit: checkpoints kept.
         eval_batch_size: documents in one forward pass of the held-out loss.
         lr_ratio: learning rate of LoRA's B over that of A (LoRA+); None where it is one rate.
@@ -53,6 +54,7 @@ class TrainerInputs:
     plan: BatchPlan
     seed: int
     checkpoints: Path
+    trained_on: Mapping[str, Any]
     save_total_limit: int
     eval_batch_size: int
     lr_ratio: float | None = None
@@ -78,6 +80,8 @@ class OurSeams(Trainer):
         """Hands over the documents; the loss is divided by the step's tokens by ourselves."""
         self.ours = inputs
         self.loss_is_scaled_for_ga = True
+        make_folder(inputs.checkpoints)
+        self._checkpoints = Place.of(inputs.checkpoints)
         self.spikes, self._num_steps = SpikeWatch(), 0
         self._stillness = StillnessWatch(self.model)
         if inputs.ranks is not None:
@@ -230,10 +234,18 @@ class OurSeams(Trainer):
     def _publish_checkpoint(self, rng_states: list[dict[str, Any]]) -> None:
         step = self.state.global_step
         folder = checkpoint.step_folder(self.ours.checkpoints, step)
+        self._checkpoints.refuse_another()
         if folder.exists():
             return
-        facts = {"kind": "checkpoint", "step": step, "epoch": self.state.epoch}
-        with staged(folder, {**facts, "num_ranks": self.args.world_size}) as stage:
+        epoch, done = divmod(step, self.ours.plan.steps_per_epoch)
+        facts = {
+            "kind": "checkpoint",
+            "step": step,
+            "data_position": {"seed": self.ours.seed, "epoch": epoch, "steps_of_epoch": done},
+            "num_ranks": self.args.world_size,
+            "trained_on": dict(self.ours.trained_on),
+        }
+        with staged(folder, facts) as stage:
             checkpoint.save_weights(self.model, stage)
             checkpoint.save_optimizer(self.optimizer, stage)
             checkpoint.save_scheduler(self.lr_scheduler, stage)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -213,9 +212,7 @@ def test_every_flipped_bit_is_found(published):
 
 def test_every_truncation_is_found(published):
     for name, content in contents(published).items():
-        # The manifest's last byte ends a line and says nothing.
-        longest = len(content) - (2 if name == "manifest.json" else 1)
-        for length in {0, 1, len(content) // 2, longest} & set(range(len(content))):
+        for length in {0, 1, len(content) // 2, len(content) - 1} & set(range(len(content))):
             (published / name).write_bytes(content[:length])
             findings = findings_of(published)
             assert findings and name in findings[0]
@@ -279,7 +276,7 @@ def forge(folder: Path, files: object, facts: object = None) -> None:
     """A manifest that is right in itself: as someone would write it who means harm."""
     manifest = {"facts": {} if facts is None else facts, "files": files}
     sha256 = artifact.sha256_of_json(manifest)
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": sha256}))
+    write_json(folder / "manifest.json", {**manifest, "sha256": sha256})
 
 
 @pytest.mark.parametrize("name", ["../secret", "deep/../../secret", "deep/../a.json", "ABSOLUTE"])
@@ -351,6 +348,15 @@ def test_sweeping_leaves_everything_else(published):
     assert sweep(folder) == [".final.tmp-trash-1", ".run.json.tmp-1234"]
     assert sorted(p.name for p in folder.iterdir()) == [".cache", "final", "x.tmp-1"]
     assert sweep(folder / "none") == []
+
+
+@pytest.mark.parametrize("change", [b" ", b"\r\n", b"\n"])
+def test_a_manifest_of_the_same_meaning_in_other_bytes_is_found(published, change):
+    path = published / "manifest.json"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"\n", change, 1) if change != b"\n" else content + change)
+    (finding,) = findings_of(published)
+    assert "its content differs from what was published" in finding
 
 
 def test_json_files_are_replaced_whole(tmp_path):

@@ -158,6 +158,13 @@ class TestWhichOne:
         checkpoint.prune(checkpoints, 2)
         assert len(checkpoint.list_checkpoints(checkpoints)) == 2
 
+    def test_pruning_keeps_two_that_verify(self, checkpoints):
+        """Else the one that is left is all there is when the next is torn."""
+        flip_bit(checkpoints / "step-1000000" / "optimizer.safetensors")
+        checkpoint.prune(checkpoints, 2)
+        kept = sorted(p.name for p in checkpoints.iterdir())
+        assert kept == ["step-000100", "step-099999", "step-1000000"]
+
     @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "add"])
     @pytest.mark.parametrize(
         "name",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from small_runs import (
 )
 from test_train import on_step
 
-from finetune.errors import CheckFailed, InputError, Interrupted
+from finetune import artifact
+from finetune.errors import CannotContinue, CheckFailed, InputError, Interrupted
 from finetune.monitor import stop_on_signals
 from finetune.recipes import RECIPES
 from finetune.run_folder import locked
@@ -260,8 +262,6 @@ class TestWhatIsRefused:
             train(bench.load(*SETTINGS))
 
     def test_another_base_under_the_same_name(self, bench, monkeypatch, tmp_path, small_base):
-        import shutil
-
         base = tmp_path / "base"
         shutil.copytree(small_base, base)
         settings = (*SETTINGS, f"base.path={base}")
@@ -283,6 +283,56 @@ class TestWhatIsRefused:
         republish(bench.run_folder().checkpoints / "step-000003", num_ranks=2)
         with pytest.raises(InputError, match="written by 2 ranks, this launch has 1"):
             train(bench.load(*SETTINGS))
+
+    @pytest.mark.parametrize("instead", ["nothing", "another folder"])
+    def test_a_folder_that_is_taken_away_while_the_run_trains(
+        self, bench, monkeypatch, straight, instead
+    ):
+        """Nothing is written in its place; put back, the run goes on."""
+        run = bench.run_folder()
+        away = run.path.with_name("away")
+
+        def take(trainer):
+            run.path.rename(away)
+            if instead != "nothing":
+                run.checkpoints.mkdir(parents=True)
+
+        with monkeypatch.context() as patch:
+            on_step(patch, take, last_step=5)
+            with pytest.raises(CannotContinue, match="nothing is written there") as caught:
+                train(bench.load(*SETTINGS))
+        assert caught.value.exit_code == 4
+        assert not run.path.exists() or not any(run.checkpoints.iterdir())
+        if run.path.exists():
+            shutil.rmtree(run.path)
+        away.rename(run.path)
+        bench.train(*SETTINGS)
+        assert_same_run(run, straight)
+
+    def test_a_checkpoint_that_was_trained_on_something_else(self, bench, monkeypatch):
+        """Even where the run folder's own notes say nothing of it."""
+        stopped_at(bench, monkeypatch, 5, *SETTINGS)
+        folder = bench.run_folder().checkpoints / "step-000003"
+        facts = artifact.verify(folder)["facts"]
+        known = facts["trained_on"]
+        assert facts["data_position"] == {"seed": 0, "epoch": 0, "steps_of_epoch": 3}
+        assert set(known) >= {"config_sha256", "documents_sha256", "base_fingerprint"}
+        for key in ("documents_sha256", "base_fingerprint", "tokenizer_sha256"):
+            republish(folder, trained_on=known | {key: "0" * 64})
+            with pytest.raises(CheckFailed, match=f"trained on something else: {key} differ"):
+                train(bench.load(*SETTINGS))
+
+    def test_a_checkpoint_of_other_libraries_is_gone_on_from_aloud(
+        self, bench, monkeypatch, straight, capfd
+    ):
+        stopped_at(bench, monkeypatch, 5, *SETTINGS)
+        folder = bench.run_folder().checkpoints / "step-000003"
+        known = artifact.verify(folder)["facts"]["trained_on"]
+        older = known["libraries"] | {"torch": "2.12.0"}
+        republish(folder, trained_on=known | {"libraries": older})
+        bench.train(*SETTINGS)
+        assert "step-000003 was written with torch 2.12.0, now" in capfd.readouterr().err
+        assert_same_run(bench.run_folder(), straight)
 
     def test_a_second_process_in_the_folder(self, bench):
         run = bench.run_folder()

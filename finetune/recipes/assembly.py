@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +32,7 @@ class Parts:
         tokenizer: of the base.
         data: documents of both sides.
         num_ranks: processes that train.
+        trained_on: what the numbers depend on, by hash, for the checkpoints' manifests.
     """
 
     config: RunConfig
@@ -40,6 +41,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerFast
     data: RunData
     num_ranks: int
+    trained_on: Mapping[str, Any]
 
 
 def trainer_inputs(parts: Parts) -> TrainerInputs:
@@ -52,6 +54,7 @@ def trainer_inputs(parts: Parts) -> TrainerInputs:
         plan=plan,
         seed=config.run.seed,
         checkpoints=parts.run_path / "checkpoints",
+        trained_on=parts.trained_on,
         save_total_limit=config.train.save_total_limit,
         eval_batch_size=config.eval.per_device_eval_batch_size,
         lr_ratio=config.adapter.loraplus_lr_ratio if config.adapter.method == "lora+" else None,

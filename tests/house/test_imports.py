@@ -40,7 +40,7 @@ LINES = (
     "checkpoint heldout preview inspection proof_combined",
     "trainer inference",
     "recipes monitor scoring proof exports",
-    "stages",
+    "stages resume",
     "train generate merge export report doctor verify train_tokenizer",
     "eval",
     "smoke",
