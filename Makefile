@@ -18,7 +18,7 @@ DEMO := configs/lora_nano.yaml
 DEMO_RUN := runs/lora_nano
 NANO := assets/llama-nano
 
-.PHONY: help setup demo train eval merge compare test test-slow check format clean
+.PHONY: help setup demo train eval merge compare faults test test-slow check format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ merge: $(STAMP)  ## [RUN=folder] full weights, with the proof that they equal ba
 compare: $(STAMP)  ## every method on the embedded base, with a table and a plot: an hour, resumable
 	$(PY) -m benchmarks.compare_methods --folder runs/compare --json runs/compare/result.json \
 		--plot runs/compare/result.svg $(ARGS)
+
+faults: $(STAMP)  ## kills, full disks, power cuts and damage at every point of a run: 40 minutes
+	$(PY) -m benchmarks.faults --folder build/faults --json build/faults.json $(ARGS)
 
 test: $(STAMP)  ## the tests, without the slow ones
 	$(PY) -m pytest -q -m "not slow" $(ARGS)

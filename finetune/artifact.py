@@ -180,11 +180,19 @@ def sweep(folder: Path) -> list[str]:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a published folder, un-publishing it first: a half-deleted one has no name left."""
+    """Deletes a published folder, un-publishing it first: a half-deleted one has no name left.
+
+    Raises:
+        FileNotFoundError: there is none; another process may have been faster.
+        CannotContinue: the disk refused.
+    """
     trash = folder.parent / f".{folder.name}.tmp-trash-{secrets.token_hex(4)}"
     try:
         os.rename(folder, trash)
+        _fsync(folder.parent)  # or a power cut could bring the name back over half of the files
         shutil.rmtree(trash)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise CannotContinue(f"{folder}: could not be removed: {error}") from error
 

@@ -1,0 +1,79 @@
+"""Faults at every file operation of a run, at random times, in every file of a checkpoint.
+
+    python -m benchmarks.faults --folder FOLDER --json RESULT.json
+
+A small real run (6 steps, packs, dropout, accumulation, three checkpoints of which two are kept) is
+made in copies of this process, disturbed, and started again: it must end bit for bit where the
+undisturbed one ends. The exit code is 1 if anything did not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import errno
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.faults import sweeps
+from benchmarks.faults.corruption import corrupted
+from benchmarks.faults.runs import Runs, import_all
+from finetune import artifact
+
+LONG = {"max_steps": 60, "save_steps": 7, "eval_steps": None}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="where to work; it is emptied")
+    parser.add_argument("--json", type=Path, help="where to keep the result")
+    parser.add_argument("--step", type=int, default=1, help="only every so many points")
+    parser.add_argument("--kills", type=int, default=10, help="random kills in each of 5 chains")
+    args = parser.parse_args(argv)
+    shutil.rmtree(args.folder, ignore_errors=True)
+    import_all()
+    outcomes = []
+    for outcome in run_all(args.folder, args.step, args.kills):
+        print(f"{outcome['held']:5} of {outcome['tried']:5} {outcome['name']}", file=sys.stderr)
+        for failure in outcome["failures"][:10]:
+            print(f"      {failure}", file=sys.stderr)
+        outcomes.append(outcome)
+    if args.json:
+        date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        artifact.write_json(args.json, {"date": date, "step": args.step, "sweeps": outcomes})
+    return 1 if any(outcome["failures"] for outcome in outcomes) else 0
+
+
+def run_all(folder: Path, step: int, kills: int) -> list[dict]:  # type: ignore[type-arg]
+    """Every sweep in turn, each with its time."""
+    runs = _place(folder / "short")
+    expected = sweeps.straight(runs)
+    shutil.copytree(runs.run.checkpoints, folder / "sound")
+    quiet = _place(folder / "quiet", train={"eval_steps": None})
+    long = _place(folder / "long", train=LONG)
+    parts: list[Callable[[], sweeps.Outcome]] = [
+        lambda: sweeps.killed(runs, expected, step),
+        lambda: sweeps.refused(runs, expected, errno.ENOSPC, step),
+        lambda: sweeps.refused(runs, expected, errno.EIO, step, start=step // 2),
+        lambda: sweeps.powerless(runs, expected, step),
+        lambda: sweeps.signalled(quiet, sweeps.straight(quiet), -(-step // 8)),
+        lambda: sweeps.killed_at_random(long, sweeps.straight(long), -(-5 // step), kills),
+        lambda: corrupted(folder / "sound", folder / "damaged"),
+    ]
+    outcomes = []
+    for part in parts:
+        began = time.monotonic()
+        outcomes.append(part().as_json() | {"seconds": round(time.monotonic() - began, 1)})
+    return outcomes
+
+
+def _place(folder: Path, **settings: dict[str, object]) -> Runs:
+    folder.mkdir(parents=True)
+    return Runs(folder, **settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""Sweeps of faults over one small run; each counts what it tried and names what did not hold."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults.operations import Operations
+from benchmarks.faults.power import KINDS, Disk
+from benchmarks.faults.runs import Runs
+from finetune import artifact, checkpoint
+
+
+@dataclass
+class Outcome:
+    """What a sweep found.
+
+    Attributes:
+        name: of the sweep.
+        tried: faults.
+        failures: a sentence for each that did not hold.
+        notes: what else is worth a line.
+    """
+
+    name: str
+    tried: int = 0
+    failures: list[str] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """With the number that held."""
+        return {**asdict(self), "held": self.tried - len(self.failures)}
+
+
+def straight(runs: Runs) -> dict[str, Any]:
+    """The result of the run that nothing disturbs, made twice: it must repeat."""
+    results = []
+    for _ in range(2):
+        shutil.rmtree(runs.run.path, ignore_errors=True)
+        code = runs.attempt()
+        assert code == 0, f"the undisturbed run ends with {code}"
+        results.append(runs.result())
+    assert results[0] == results[1], "the undisturbed run does not repeat"
+    return results[0]
+
+
+def _points(step: int, start: int) -> Iterator[int]:
+    return itertools.count(start, step)
+
+
+def killed(runs: Runs, expected: dict[str, Any], step: int = 1, start: int = 0) -> Outcome:
+    """SIGKILL before every file operation of a whole run, and again after it."""
+    outcome = Outcome("killed at every file operation")
+
+    def at(point: int) -> Callable[[], None]:
+        def die(number: int, kind: str, path: Path) -> None:
+            if number == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return lambda: Operations(runs.run.path.parent, die).install()
+
+    for point in _points(step, start):
+        shutil.rmtree(runs.run.path, ignore_errors=True)
+        code = runs.attempt(at(point))
+        if code == 0:
+            return outcome
+        outcome.tried += 1
+        wrong = [] if code == -signal.SIGKILL else [f"exit code {code}"]
+        _go_on(runs, expected, f"operation {point}", outcome, wrong)
+    raise AssertionError
+
+
+def refused(
+    runs: Runs, expected: dict[str, Any], number: int, step: int = 1, start: int = 0
+) -> Outcome:
+    """The disk says `number` (ENOSPC, EIO) once, at every file operation; the run ends with 4."""
+    outcome = Outcome(f"{errno.errorcode[number]} at every file operation")
+
+    def at(point: int) -> Callable[[], None]:
+        def fail(found: int, kind: str, path: Path) -> None:
+            if found == point:
+                raise OSError(number, os.strerror(number), str(path))
+
+        return lambda: Operations(runs.run.path.parent, fail).install()
+
+    reached = _num_operations(runs)
+    survived = 0
+    for point in range(start, reached, step):
+        shutil.rmtree(runs.run.path, ignore_errors=True)
+        code = runs.attempt(at(point))
+        outcome.tried += 1
+        survived += code == 0
+        wrong = [] if code in (0, 4) else [f"exit code {code}"]
+        _go_on(runs, expected, f"operation {point}", outcome, wrong)
+    outcome.notes["ended well all the same"] = survived
+    return outcome
+
+
+def powerless(runs: Runs, expected: dict[str, Any], step: int = 1, start: int = 0) -> Outcome:
+    """The power goes at every file operation; what was not fsynced is lost in three ways."""
+    outcome = Outcome("power lost at every file operation")
+    root, images = runs.run.path.parent, runs.folder / "images"
+
+    def at(point: int) -> Callable[[], None]:
+        def prepare() -> None:
+            root.mkdir(exist_ok=True)
+            disk = Disk(root)
+            published = checkpoint.write_latest
+            acknowledged = runs.folder / "acknowledged"
+
+            def noted(folder: Path, number: int) -> None:
+                with open(acknowledged, "w", encoding="utf-8") as file:
+                    file.write(str(number))
+                published(folder, number)
+
+            checkpoint.write_latest = noted
+
+            def cut(number: int, kind: str, path: Path) -> None:
+                if number == point:
+                    for image in KINDS:
+                        disk.write_image(images / image, image, point)
+                    os._exit(99)
+
+            Operations(root, cut, disk.after).install()
+
+        return prepare
+
+    for point in _points(step, start):
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.rmtree(images, ignore_errors=True)
+        (runs.folder / "acknowledged").write_text("0", encoding="utf-8")
+        code = runs.attempt(at(point))
+        if code == 0:
+            return outcome
+        promised = int((runs.folder / "acknowledged").read_text(encoding="utf-8"))
+        for image in KINDS:
+            outcome.tried += 1
+            wrong = [] if code == 99 else [f"exit code {code}"]
+            shutil.rmtree(root, ignore_errors=True)
+            shutil.copytree(images / image, root)
+            sound = [p for p in _listed(runs) if not artifact.findings_of(p)]
+            newest = int(sound[-1].name.removeprefix("step-")) if sound else 0
+            if newest < promised:
+                wrong.append(f"step {promised} was published, step {newest} is left")
+            _go_on(runs, expected, f"operation {point}, {image}", outcome, wrong)
+    raise AssertionError
+
+
+def killed_at_random(runs: Runs, expected: dict[str, Any], chains: int, kills: int) -> Outcome:
+    """SIGKILL at random times, each on the run that goes on from the last; a chain ends alone."""
+    outcome = Outcome("killed at random times, chained")
+    shutil.rmtree(runs.run.path, ignore_errors=True)
+    began = time.monotonic()
+    assert runs.attempt() == 0
+    usual, chance = time.monotonic() - began, random.Random(0)
+    for chain in range(chains):
+        shutil.rmtree(runs.run.path, ignore_errors=True)
+        landed = 0
+        while landed < kills and not runs.run.is_finished:
+            code = runs.attempt(killed_after=chance.uniform(0.2, 0.6) * usual)
+            landed += code == -signal.SIGKILL
+        outcome.tried += landed
+        _go_on(runs, expected, f"chain {chain} of {landed}", outcome, [])
+    return outcome
+
+
+def signalled(runs: Runs, expected: dict[str, Any], step: int = 1) -> Outcome:
+    """SIGTERM in every micro-batch: a checkpoint at the step's end, exit code 75, the same end."""
+    outcome = Outcome("SIGTERM in every micro-batch")
+
+    def at(point: int) -> Callable[[], None]:
+        def prepare() -> None:
+            from finetune.trainer import OurSeams
+
+            right, calls = OurSeams.compute_loss, itertools.count()
+
+            def signals(self: Any, *args: Any, **settings: Any) -> Any:
+                if next(calls) == point:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return right(self, *args, **settings)
+
+            OurSeams.compute_loss = signals  # type: ignore[method-assign]
+
+        return prepare
+
+    for point in _points(step, 0):
+        shutil.rmtree(runs.run.path, ignore_errors=True)
+        code = runs.attempt(at(point))
+        if code == 0:  # in the last step it comes too late to stop the run
+            return outcome
+        outcome.tried += 1
+        _go_on(
+            runs,
+            expected,
+            f"micro-batch {point}",
+            outcome,
+            [] if code == 75 else [f"exit code {code}"],
+        )
+    raise AssertionError
+
+
+def _listed(runs: Runs) -> list[Path]:
+    return checkpoint.list_checkpoints(runs.run.checkpoints)
+
+
+def _go_on(
+    runs: Runs, expected: dict[str, Any], where: str, outcome: Outcome, wrong: list[str]
+) -> None:
+    """Nothing half is listed; started again, the run ends where the undisturbed one does."""
+    wrong += [finding for path in _listed(runs) for finding in artifact.findings_of(path)]
+    code = runs.attempt()
+    if code != 0:
+        wrong.append(f"started again: exit code {code}")
+    else:
+        found = runs.result()
+        wrong += [f"{key} differ" for key in expected if found[key] != expected[key]]
+    if wrong:
+        outcome.failures.append(f"{where}: {'; '.join(wrong)}")
+
+
+def _num_operations(runs: Runs) -> int:
+    """File operations of a whole run."""
+    count = runs.folder / "count"
+
+    def prepare() -> None:
+        def note(number: int, kind: str, path: Path) -> None:
+            os.pwrite(descriptor, str(number + 1).encode(), 0)
+
+        descriptor = os.open(count, os.O_WRONLY | os.O_CREAT, 0o600)
+        Operations(runs.run.path.parent, note).install()
+
+    shutil.rmtree(runs.run.path, ignore_errors=True)
+    assert runs.attempt(prepare) == 0
+    return int(count.read_text(encoding="utf-8"))
