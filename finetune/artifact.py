@@ -63,12 +63,11 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _fsync(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
+    except OSError as error:
+        raise CannotContinue(f"{path}: could not be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # of a disk that refuses; the next start sweeps it
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise CannotContinue(f"{path}: could not be written: {error}") from error
-        raise
 
 
 def make_folder(path: Path) -> None:

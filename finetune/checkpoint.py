@@ -91,6 +91,8 @@ def prune(checkpoints: Path, keep: int) -> None:
     Each is un-published before it is deleted.
     """
     existing = list_checkpoints(checkpoints)
+    if len(existing) <= keep:  # nothing to remove, and so nothing to read
+        return
     sound = 0
     while existing and sound < keep:
         sound += not artifact.findings_of(existing.pop())

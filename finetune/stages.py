@@ -184,7 +184,7 @@ def what_it_trains_on(
     known = artifact.read_json(_environment_file(run))
     return {
         "config_sha256": artifact.sha256_of_json(acting_settings(config)),
-        "documents_sha256": data.as_json()["documents_sha256"],
+        "documents_sha256": data.documents_sha256,
         **base.identity(known["base_fingerprint"]).facts(),
         "libraries": known["packages"],
     }

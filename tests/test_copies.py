@@ -62,16 +62,17 @@ def test_this_process_works_too_and_leaves_the_rest_of_a_block_to_a_copy():
     assert any(0 < share < 130 for share in shares)
 
 
+def noted_blocks(read):
+    """Fifty blocks of one number, each noted when it is read."""
+    for number in range(50):
+        read.append(number)
+        yield [number]
+
+
 def test_blocks_are_read_only_a_little_ahead():
     read = []
-
-    def blocks():
-        for number in range(50):
-            read.append(number)
-            yield [number]
-
     with Copies(with_pid, 2) as copies:
-        for (number,), _ in copies.map(blocks()):
+        for (number,), _ in copies.map(noted_blocks(read)):
             assert len(read) <= number + 7
 
 
@@ -83,14 +84,8 @@ def slow_at_one(numbers):
 def test_a_slow_copy_is_waited_for():
     """Else what the others answer would pile up."""
     read = []
-
-    def blocks():
-        for number in range(50):
-            read.append(number)
-            yield [number]
-
     with Copies(slow_at_one, 2) as copies:
-        for (number,), found in copies.map(blocks()):
+        for (number,), found in copies.map(noted_blocks(read)):
             assert found == [number]
             assert len(read) <= number + 7
 

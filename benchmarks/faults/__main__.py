@@ -15,8 +15,9 @@ import errno
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.faults import sweeps
 from benchmarks.faults.corruption import corrupted
@@ -35,42 +36,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     shutil.rmtree(args.folder, ignore_errors=True)
     import_all()
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     outcomes = []
     for outcome in run_all(args.folder, args.step, args.kills):
         print(f"{outcome['held']:5} of {outcome['tried']:5} {outcome['name']}", file=sys.stderr)
         for failure in outcome["failures"][:10]:
             print(f"      {failure}", file=sys.stderr)
         outcomes.append(outcome)
-    if args.json:
-        date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-        artifact.write_json(args.json, {"date": date, "step": args.step, "sweeps": outcomes})
+        if args.json:  # after each: a sweep that is cut short keeps what it found
+            artifact.write_json(args.json, {"date": date, "step": args.step, "sweeps": outcomes})
     return 1 if any(outcome["failures"] for outcome in outcomes) else 0
 
 
-def run_all(folder: Path, step: int, kills: int) -> list[dict]:  # type: ignore[type-arg]
+def run_all(folder: Path, step: int, kills: int) -> Iterator[dict[str, Any]]:
     """Every sweep in turn, each with its time."""
     runs = _place(folder / "short")
     expected = sweeps.straight(runs)
     shutil.copytree(runs.run.checkpoints, folder / "sound")
+    points = range(0, sweeps.num_operations(runs), step)
+    between = range(step // 2, points.stop, step)
     quiet = _place(folder / "quiet", train={"eval_steps": None})
+    # In the last step a signal comes too late to stop the run.
+    micro_batches = range(0, quiet.num_micro_batches_before_the_last_step, -(-step // 8))
     long = _place(folder / "long", train=LONG)
     parts: list[Callable[[], sweeps.Outcome]] = [
-        lambda: sweeps.killed(runs, expected, step),
-        lambda: sweeps.refused(runs, expected, errno.ENOSPC, step),
-        lambda: sweeps.refused(runs, expected, errno.EIO, step, start=step // 2),
-        lambda: sweeps.powerless(runs, expected, step),
-        lambda: sweeps.signalled(quiet, sweeps.straight(quiet), -(-step // 8)),
+        lambda: sweeps.killed(runs, expected, points),
+        lambda: sweeps.refused(runs, expected, points, errno.ENOSPC),
+        lambda: sweeps.refused(runs, expected, between, errno.EIO),
+        lambda: sweeps.powerless(runs, expected, points),
+        lambda: sweeps.signalled(quiet, sweeps.straight(quiet), micro_batches),
         lambda: sweeps.killed_at_random(long, sweeps.straight(long), -(-5 // step), kills),
         lambda: corrupted(folder / "sound", folder / "damaged"),
     ]
-    outcomes = []
     for part in parts:
         began = time.monotonic()
-        outcomes.append(part().as_json() | {"seconds": round(time.monotonic() - began, 1)})
-    return outcomes
+        yield part().as_json() | {"seconds": round(time.monotonic() - began, 1)}
 
 
-def _place(folder: Path, **settings: dict[str, object]) -> Runs:
+def _place(folder: Path, **settings: dict[str, Any]) -> Runs:
     folder.mkdir(parents=True)
     return Runs(folder, **settings)
 

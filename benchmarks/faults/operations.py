@@ -9,6 +9,7 @@ may kill the process, raise what a disk raises, or note. Reads and other folders
 from __future__ import annotations
 
 import builtins
+import functools
 import io
 import os
 from collections.abc import Callable
@@ -60,39 +61,34 @@ class Operations:
         place = Path(os.path.abspath(place))
         return place if place.is_relative_to(self._root) else None
 
+    def _done(self, kind: str, path: Path, call: Callable[[], Any]) -> Any:
+        """One operation between the two that are told of it."""
+        self.reach(kind, path)
+        result = call()
+        self._after(kind, path)
+        return result
+
     def _by_path(self, kind: str, call: Any) -> Any:
         def wrapped(path: Any, *args: Any, dir_fd: int | None = None, **settings: Any) -> Any:
             place = self._inside(path, dir_fd)
-            if place is None:
-                return call(path, *args, dir_fd=dir_fd, **settings)
-            self.reach(kind, place)
-            done = call(path, *args, dir_fd=dir_fd, **settings)
-            self._after(kind, place)
-            return done
+            doing = functools.partial(call, path, *args, dir_fd=dir_fd, **settings)
+            return doing() if place is None else self._done(kind, place, doing)
 
         return wrapped
 
     def _by_two(self, kind: str, call: Any) -> Any:
         def wrapped(source: Any, target: Any, **settings: Any) -> Any:
             place = self._inside(target)
-            if place is None:
-                return call(source, target, **settings)
-            self.reach(kind, place)
-            done = call(source, target, **settings)
-            self._after(kind, place)
-            return done
+            doing = functools.partial(call, source, target, **settings)
+            return doing() if place is None else self._done(kind, place, doing)
 
         return wrapped
 
     def _by_descriptor(self, call: Any) -> Any:
         def wrapped(descriptor: int) -> None:
             place = self._inside(os.readlink(f"/proc/self/fd/{descriptor}"))
-            if place is None:
-                call(descriptor)
-                return
-            self.reach("fsync", place)
-            call(descriptor)
-            self._after("fsync", place)
+            doing = functools.partial(call, descriptor)
+            return doing() if place is None else self._done("fsync", place, doing)
 
         return wrapped
 

@@ -63,6 +63,10 @@ class Runs:
             values[name] |= section
         self.config.write_text(yaml.safe_dump(values), encoding="utf-8")
         self.run = RunFolder(self.folder / "runs" / "run")
+        train = values["train"]
+        self.num_micro_batches_before_the_last_step = (train["max_steps"] - 1) * train[
+            "gradient_accumulation_steps"
+        ]
 
     def attempt(
         self, before: Callable[[], None] | None = None, killed_after: float | None = None

@@ -9,7 +9,8 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from benchmarks.faults.operations import Operations
 from benchmarks.faults.power import KINDS, Disk
 from benchmarks.faults.runs import Runs
 from finetune import artifact, checkpoint
+
+_CUT = 99  # the exit code of a copy whose power went
 
 
 @dataclass
@@ -53,60 +56,30 @@ def straight(runs: Runs) -> dict[str, Any]:
     return results[0]
 
 
-def _points(step: int, start: int) -> Iterator[int]:
-    return itertools.count(start, step)
+def killed(runs: Runs, expected: dict[str, Any], points: Iterable[int]) -> Outcome:
+    """SIGKILL before each of these file operations."""
 
+    def die(path: Path) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def killed(runs: Runs, expected: dict[str, Any], step: int = 1, start: int = 0) -> Outcome:
-    """SIGKILL before every file operation of a whole run, and again after it."""
     outcome = Outcome("killed at every file operation")
-
-    def at(point: int) -> Callable[[], None]:
-        def die(number: int, kind: str, path: Path) -> None:
-            if number == point:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        return lambda: Operations(runs.run.path.parent, die).install()
-
-    for point in _points(step, start):
-        shutil.rmtree(runs.run.path, ignore_errors=True)
-        code = runs.attempt(at(point))
-        if code == 0:
-            return outcome
-        outcome.tried += 1
-        wrong = [] if code == -signal.SIGKILL else [f"exit code {code}"]
-        _go_on(runs, expected, f"operation {point}", outcome, wrong)
-    raise AssertionError
-
-
-def refused(
-    runs: Runs, expected: dict[str, Any], number: int, step: int = 1, start: int = 0
-) -> Outcome:
-    """The disk says `number` (ENOSPC, EIO) once, at every file operation; the run ends with 4."""
-    outcome = Outcome(f"{errno.errorcode[number]} at every file operation")
-
-    def at(point: int) -> Callable[[], None]:
-        def fail(found: int, kind: str, path: Path) -> None:
-            if found == point:
-                raise OSError(number, os.strerror(number), str(path))
-
-        return lambda: Operations(runs.run.path.parent, fail).install()
-
-    reached = _num_operations(runs)
-    survived = 0
-    for point in range(start, reached, step):
-        shutil.rmtree(runs.run.path, ignore_errors=True)
-        code = runs.attempt(at(point))
-        outcome.tried += 1
-        survived += code == 0
-        wrong = [] if code in (0, 4) else [f"exit code {code}"]
-        _go_on(runs, expected, f"operation {point}", outcome, wrong)
-    outcome.notes["ended well all the same"] = survived
+    _sweep(runs, expected, outcome, points, lambda n: _at(runs, n, die), {-signal.SIGKILL})
     return outcome
 
 
-def powerless(runs: Runs, expected: dict[str, Any], step: int = 1, start: int = 0) -> Outcome:
-    """The power goes at every file operation; what was not fsynced is lost in three ways."""
+def refused(runs: Runs, expected: dict[str, Any], points: Iterable[int], number: int) -> Outcome:
+    """The disk says `number` (ENOSPC, EIO) once, at each of these; the run ends with 4, or well."""
+
+    def fail(path: Path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    outcome = Outcome(f"{errno.errorcode[number]} at every file operation")
+    _sweep(runs, expected, outcome, points, lambda n: _at(runs, n, fail), {0, 4})
+    return outcome
+
+
+def powerless(runs: Runs, expected: dict[str, Any], points: Iterable[int]) -> Outcome:
+    """The power goes at each of these; what was not fsynced is lost in three ways."""
     outcome = Outcome("power lost at every file operation")
     root, images = runs.run.path.parent, runs.folder / "images"
 
@@ -128,31 +101,31 @@ def powerless(runs: Runs, expected: dict[str, Any], step: int = 1, start: int = 
                 if number == point:
                     for image in KINDS:
                         disk.write_image(images / image, image, point)
-                    os._exit(99)
+                    os._exit(_CUT)
 
             Operations(root, cut, disk.after).install()
 
         return prepare
 
-    for point in _points(step, start):
+    for point in points:
         shutil.rmtree(root, ignore_errors=True)
         shutil.rmtree(images, ignore_errors=True)
         (runs.folder / "acknowledged").write_text("0", encoding="utf-8")
         code = runs.attempt(at(point))
-        if code == 0:
-            return outcome
         promised = int((runs.folder / "acknowledged").read_text(encoding="utf-8"))
         for image in KINDS:
             outcome.tried += 1
-            wrong = [] if code == 99 else [f"exit code {code}"]
+            if code != _CUT:
+                outcome.failures.append(f"operation {point}: exit code {code}")
+                continue
             shutil.rmtree(root, ignore_errors=True)
             shutil.copytree(images / image, root)
             sound = [p for p in _listed(runs) if not artifact.findings_of(p)]
             newest = int(sound[-1].name.removeprefix("step-")) if sound else 0
-            if newest < promised:
-                wrong.append(f"step {promised} was published, step {newest} is left")
+            lost = [f"step {promised} was published, step {newest} is left"]
+            wrong = lost if newest < promised else []
             _go_on(runs, expected, f"operation {point}, {image}", outcome, wrong)
-    raise AssertionError
+    return outcome
 
 
 def killed_at_random(runs: Runs, expected: dict[str, Any], chains: int, kills: int) -> Outcome:
@@ -173,9 +146,8 @@ def killed_at_random(runs: Runs, expected: dict[str, Any], chains: int, kills: i
     return outcome
 
 
-def signalled(runs: Runs, expected: dict[str, Any], step: int = 1) -> Outcome:
-    """SIGTERM in every micro-batch: a checkpoint at the step's end, exit code 75, the same end."""
-    outcome = Outcome("SIGTERM in every micro-batch")
+def signalled(runs: Runs, expected: dict[str, Any], points: Iterable[int]) -> Outcome:
+    """SIGTERM in each of these micro-batches: a checkpoint at the step's end, exit code 75."""
 
     def at(point: int) -> Callable[[], None]:
         def prepare() -> None:
@@ -192,20 +164,39 @@ def signalled(runs: Runs, expected: dict[str, Any], step: int = 1) -> Outcome:
 
         return prepare
 
-    for point in _points(step, 0):
+    outcome = Outcome("SIGTERM in every micro-batch")
+    _sweep(runs, expected, outcome, points, at, {75})
+    return outcome
+
+
+def _sweep(
+    runs: Runs,
+    expected: dict[str, Any],
+    outcome: Outcome,
+    points: Iterable[int],
+    at: Callable[[int], Callable[[], None]],
+    ends_with: set[int],
+) -> None:
+    """A fresh run disturbed at each point; it ends with one of these codes, and is gone on with."""
+    codes: Counter[str] = Counter()
+    for point in points:
         shutil.rmtree(runs.run.path, ignore_errors=True)
         code = runs.attempt(at(point))
-        if code == 0:  # in the last step it comes too late to stop the run
-            return outcome
+        codes[str(code)] += 1
         outcome.tried += 1
-        _go_on(
-            runs,
-            expected,
-            f"micro-batch {point}",
-            outcome,
-            [] if code == 75 else [f"exit code {code}"],
-        )
-    raise AssertionError
+        wrong = [] if code in ends_with else [f"exit code {code}"]
+        _go_on(runs, expected, f"point {point}", outcome, wrong)
+    outcome.notes["exit codes"] = dict(codes)
+
+
+def _at(runs: Runs, point: int, fault: Callable[[Path], None]) -> Callable[[], None]:
+    """Prepares a copy for a fault at one file operation."""
+
+    def reached(number: int, kind: str, path: Path) -> None:
+        if number == point:
+            fault(path)
+
+    return lambda: Operations(runs.run.path.parent, reached).install()
 
 
 def _listed(runs: Runs) -> list[Path]:
@@ -227,7 +218,7 @@ def _go_on(
         outcome.failures.append(f"{where}: {'; '.join(wrong)}")
 
 
-def _num_operations(runs: Runs) -> int:
+def num_operations(runs: Runs) -> int:
     """File operations of a whole run."""
     count = runs.folder / "count"
 

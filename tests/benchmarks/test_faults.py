@@ -111,7 +111,7 @@ from finetune import artifact
 artifact._fsync = lambda path: None
 runs.import_all()
 place = runs.Runs(Path(sys.argv[1]))
-print(len(sweeps.powerless(place, sweeps.straight(place), step=61, start=60).failures))
+print(len(sweeps.powerless(place, sweeps.straight(place), range(60, 220, 61)).failures))
 """
 
 
