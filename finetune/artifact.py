@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import CannotContinue, CheckFailed, InputError
+from finetune.errors import CannotContinue, CheckFailed, FinetuneError, InputError
 
 MANIFEST = "manifest.json"
 _READ_BYTES = 1 << 20
@@ -160,12 +160,20 @@ def staged(
         _write_manifest(stage, dict(facts or {}), hashes or {})
         os.rename(stage, final)
         _fsync(final.parent)
-    except OSError as error:
+    except Exception as error:
+        if not _is_of_the_disk(error):
+            raise
         raise CannotContinue(
             f"{final}: could not be written: {error}; nothing published"
         ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """safetensors and tokenizers are written in Rust: theirs is no OSError, but quotes one."""
+    is_ours = isinstance(error, FinetuneError)
+    return isinstance(error, OSError) or ("(os error " in str(error) and not is_ours)
 
 
 def sweep(folder: Path) -> list[str]:

@@ -62,9 +62,15 @@ def exit_code_of(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return Interrupted.exit_code
-    if isinstance(error, (MemoryError, OSError)):
+    if isinstance(error, OSError) or _is_out_of_memory(error):
         return CannotContinue.exit_code
     return 1
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch has a class of its own for GPUs, and none for CPUs; it is not imported for this."""
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_torchs)
 
 
 def describe(error: BaseException) -> str:
@@ -77,6 +83,11 @@ def describe(error: BaseException) -> str:
     if isinstance(error, FinetuneError):
         return f"error: {error}"
     kind = type(error).__name__
+    if _is_out_of_memory(error):
+        return (
+            f"error: out of memory ({kind}: {error}). A smaller train.per_device_train_batch_size "
+            "or data.max_length takes less, train.activation_checkpointing much less"
+        )
     return f"error: {kind}: {error} (show where with --debug; please report it if it looks wrong)"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from finetune import errors
 from finetune.errors import (
@@ -15,6 +16,14 @@ from finetune.errors import (
 )
 
 
+def too_large_for_torch() -> RuntimeError:
+    try:
+        torch.empty(2**60)
+    except RuntimeError as error:
+        return error
+    raise AssertionError("there is memory for 2**60 numbers")
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -24,6 +33,8 @@ from finetune.errors import (
         (Interrupted("x"), 75),
         (KeyboardInterrupt(), 75),
         (MemoryError(), 4),
+        (torch.OutOfMemoryError("CUDA out of memory."), 4),
+        (too_large_for_torch(), 4),
         (OSError(28, "No space left on device"), 4),
         (PermissionError("x"), 4),
         (ValueError("x"), 1),

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults import sweeps
+from benchmarks.faults import disks, signals, sweeps
 from benchmarks.faults.corruption import corrupted
 from benchmarks.faults.runs import Runs, import_all
 from finetune import artifact
@@ -61,10 +61,13 @@ def run_all(folder: Path, step: int, kills: int) -> Iterator[dict[str, Any]]:
     long = _place(folder / "long", train=LONG)
     parts: list[Callable[[], sweeps.Outcome]] = [
         lambda: sweeps.killed(runs, expected, points),
-        lambda: sweeps.refused(runs, expected, points, errno.ENOSPC),
-        lambda: sweeps.refused(runs, expected, between, errno.EIO),
+        lambda: disks.refused(runs, expected, points, errno.ENOSPC),
+        lambda: disks.refused(runs, expected, between, errno.EIO),
+        lambda: disks.read_only(runs, expected, points),
+        lambda: disks.full_at_byte(runs, expected, disks.bytes_to_try(runs, max(20 // step, 4))),
         lambda: sweeps.powerless(runs, expected, points),
-        lambda: sweeps.signalled(quiet, sweeps.straight(quiet), micro_batches),
+        lambda: signals.signalled(quiet, sweeps.straight(quiet), micro_batches),
+        lambda: signals.signalled_twice(quiet, sweeps.straight(quiet), step),
         lambda: sweeps.killed_at_random(long, sweeps.straight(long), -(-5 // step), kills),
         lambda: corrupted(folder / "sound", folder / "damaged"),
     ]

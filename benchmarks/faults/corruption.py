@@ -22,7 +22,7 @@ def corrupted(checkpoints: Path, folder: Path, places: int = 20) -> Outcome:
     """
     outcome = Outcome("damaged checkpoints")
     newest, before = checkpoint.list_checkpoints(checkpoints)[:-3:-1]
-    for name, what, content in _damages(newest, places):
+    for name, what, content in _damages(newest, before, places):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(checkpoints, folder)
         path = folder / newest.name / name
@@ -39,7 +39,7 @@ def corrupted(checkpoints: Path, folder: Path, places: int = 20) -> Outcome:
     return outcome
 
 
-def _damages(folder: Path, places: int) -> Iterator[tuple[str, str, bytes | None]]:
+def _damages(folder: Path, before: Path, places: int) -> Iterator[tuple[str, str, bytes | None]]:
     """A file's name, what is done to it, and what it holds then; None where it is gone."""
     contents = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     for name, content in contents.items():
@@ -54,6 +54,9 @@ def _damages(folder: Path, places: int) -> Iterator[tuple[str, str, bytes | None
         for length in sorted({0, 1, len(content) // 2, len(content) - 1}):
             yield name, f"cut to {length} bytes", content[:length]
         yield name, "deleted", None
+        older = (before / name).read_bytes()
+        if older != content:
+            yield name, f"as in {before.name}", older
         for other, theirs in contents.items():
             if theirs != content:
                 yield name, f"holds what {other} holds", theirs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import itertools
 import os
 import random
 import shutil
@@ -63,18 +61,7 @@ def killed(runs: Runs, expected: dict[str, Any], points: Iterable[int]) -> Outco
         os.kill(os.getpid(), signal.SIGKILL)
 
     outcome = Outcome("killed at every file operation")
-    _sweep(runs, expected, outcome, points, lambda n: _at(runs, n, die), {-signal.SIGKILL})
-    return outcome
-
-
-def refused(runs: Runs, expected: dict[str, Any], points: Iterable[int], number: int) -> Outcome:
-    """The disk says `number` (ENOSPC, EIO) once, at each of these; the run ends with 4, or well."""
-
-    def fail(path: Path) -> None:
-        raise OSError(number, os.strerror(number), str(path))
-
-    outcome = Outcome(f"{errno.errorcode[number]} at every file operation")
-    _sweep(runs, expected, outcome, points, lambda n: _at(runs, n, fail), {0, 4})
+    sweep(runs, expected, outcome, points, lambda n: at_operation(runs, n, die), {-signal.SIGKILL})
     return outcome
 
 
@@ -146,30 +133,7 @@ def killed_at_random(runs: Runs, expected: dict[str, Any], chains: int, kills: i
     return outcome
 
 
-def signalled(runs: Runs, expected: dict[str, Any], points: Iterable[int]) -> Outcome:
-    """SIGTERM in each of these micro-batches: a checkpoint at the step's end, exit code 75."""
-
-    def at(point: int) -> Callable[[], None]:
-        def prepare() -> None:
-            from finetune.trainer import OurSeams
-
-            right, calls = OurSeams.compute_loss, itertools.count()
-
-            def signals(self: Any, *args: Any, **settings: Any) -> Any:
-                if next(calls) == point:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return right(self, *args, **settings)
-
-            OurSeams.compute_loss = signals  # type: ignore[method-assign]
-
-        return prepare
-
-    outcome = Outcome("SIGTERM in every micro-batch")
-    _sweep(runs, expected, outcome, points, at, {75})
-    return outcome
-
-
-def _sweep(
+def sweep(
     runs: Runs,
     expected: dict[str, Any],
     outcome: Outcome,
@@ -189,11 +153,13 @@ def _sweep(
     outcome.notes["exit codes"] = dict(codes)
 
 
-def _at(runs: Runs, point: int, fault: Callable[[Path], None]) -> Callable[[], None]:
-    """Prepares a copy for a fault at one file operation."""
+def at_operation(
+    runs: Runs, point: int, fault: Callable[[Path], None], and_after: bool = False
+) -> Callable[[], None]:
+    """Prepares a copy for a fault at one file operation, or at all from that one on."""
 
     def reached(number: int, kind: str, path: Path) -> None:
-        if number == point:
+        if number == point or (and_after and number > point):
             fault(path)
 
     return lambda: Operations(runs.run.path.parent, reached).install()
@@ -220,15 +186,31 @@ def _go_on(
 
 def num_operations(runs: Runs) -> int:
     """File operations of a whole run."""
-    count = runs.folder / "count"
+    count = Count(runs.folder / "count")
 
     def prepare() -> None:
-        def note(number: int, kind: str, path: Path) -> None:
-            os.pwrite(descriptor, str(number + 1).encode(), 0)
-
-        descriptor = os.open(count, os.O_WRONLY | os.O_CREAT, 0o600)
-        Operations(runs.run.path.parent, note).install()
+        Operations(
+            runs.run.path.parent, lambda number, kind, path: count.note(number + 1)
+        ).install()
 
     shutil.rmtree(runs.run.path, ignore_errors=True)
     assert runs.attempt(prepare) == 0
-    return int(count.read_text(encoding="utf-8"))
+    return count.read()
+
+
+class Count:
+    """A number that a copy of this process leaves for it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.write_text("0", encoding="utf-8")
+
+    def note(self, number: int) -> None:
+        """Written past Python's files, which may be wrapped."""
+        descriptor = os.open(self._path, os.O_WRONLY)
+        os.pwrite(descriptor, str(number).encode(), 0)
+        os.close(descriptor)
+
+    def read(self) -> int:
+        """What was noted last."""
+        return int(self._path.read_text(encoding="utf-8"))

@@ -20,8 +20,11 @@ SWEEPS = {
     "killed at every file operation": 5,
     "ENOSPC at every file operation": 5,
     "EIO at every file operation": 5,
+    "read-only from every file operation on": 5,
+    "full at a byte of a file": 4,
     "power lost at every file operation": 15,
     "SIGTERM in every micro-batch": 1,
+    "SIGTERM again at every file operation after the first": 1,
     "killed at random times, chained": 1,
     "damaged checkpoints": 300,
 }

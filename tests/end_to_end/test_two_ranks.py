@@ -180,6 +180,56 @@ def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(bench):
     assert artifact.findings_of(run.checkpoints / f"step-{stopped:06d}") == []
 
 
+# A launch in which one rank is disturbed at a moment of its own: (rank, what is wrapped, at which
+# call of it, what happens).
+DISTURBED = """\
+import errno, itertools, os, signal, sys
+sys.path.insert(0, {root!r})
+from finetune import artifact, checkpoint, trainer
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+def fill_the_disk():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+rank, owner, name, at, happens = {fault}
+right, calls = getattr(owner, name), itertools.count(1)
+def wrapped(*args, **settings):
+    if next(calls) == at:
+        happens()
+    return right(*args, **settings)
+if os.environ["RANK"] == rank:
+    setattr(owner, name, wrapped)
+from finetune.train import main
+main(sys.argv[1:])
+"""
+FAULTS = {
+    "the second is killed in step 7": '("1", trainer.OurSeams, "compute_loss", 13, kill)',
+    "the first is killed in its second save": '("0", checkpoint, "save_rng", 2, kill)',
+    "the first one's disk is full": '("0", checkpoint, "save_rng", 2, fill_the_disk)',
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_ends_one_rank_ends_both_and_loses_nothing(bench, two, tmp_path, fault):
+    """No hang, no exit code 0; the same command then ends where the undisturbed run does."""
+    program = tmp_path / "disturbed.py"
+    program.write_text(DISTURBED.format(root=str(ROOT), fault=FAULTS[fault]))
+    name = f"run.name={tmp_path.name}"
+    settings = (str(bench.config_file), *SETTINGS, *RANKS, name)
+    done = launch(*TWO[:-1], str(program), *settings)  # the time limit is `launch`'s
+    run = bench.run_folder(name)
+    assert done.returncode != 0
+    assert not run.is_finished
+    if "disk" in fault:
+        assert "No space left on device; nothing published" in done.stderr
+        assert run.state()["exit_code"] == 4
+    sound = [p.name for p in run.checkpoints.glob("step-*") if not artifact.findings_of(p)]
+    assert sound == ["step-000005"]
+    done = launch_two(bench, name)
+    assert done.returncode == 0, done.stderr
+    assert same_bits(adapter_tensors(run), adapter_tensors(two))
+    assert losses(run) == losses(two)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs the launcher starts both")
 def test_a_launcher_that_starts_one_of_two_is_stopped(bench, one):
     """`--cpu --num_processes 2` starts a single process and says nothing (accelerate 1.15)."""
