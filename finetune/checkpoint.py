@@ -85,17 +85,21 @@ def _set_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
-def prune(checkpoints: Path, keep: int) -> None:
+def prune(checkpoints: Path, keep: int, written: Path | None = None) -> None:
     """Removes what is older than the newest `keep` that verify; a damaged one does not count.
 
     Each is un-published before it is deleted.
+
+    Args:
+        written: one whose files this process has just hashed; they are not read again.
     """
     existing = list_checkpoints(checkpoints)
     if len(existing) <= keep:  # nothing to remove, and so nothing to read
         return
     sound = 0
     while existing and sound < keep:
-        sound += not artifact.findings_of(existing.pop())
+        newest = existing.pop()
+        sound += newest == written or not artifact.findings_of(newest)
     for path in existing:
         artifact.remove(path)
 

@@ -188,7 +188,8 @@ def _staged(
 
 
 def _card(source: Source, what: str, library: str, loading: Loading) -> str:
-    return card(Exported(source.name, what, library, loading, source.architecture, source.run))
+    known = (source.architecture, source.run, source.combination)
+    return card(Exported(source.name, what, library, loading, *known))
 
 
 def _write_card(stage: Path, source: Source, what: str, library: str, loading: Loading) -> None:

@@ -255,7 +255,7 @@ class OurSeams(Trainer):
             write_json(stage / checkpoint.WATCH, self.spikes.state())
             self.state.save_to_json(str(stage / "trainer_state.json"))
         checkpoint.write_latest(self.ours.checkpoints, step)
-        checkpoint.prune(self.ours.checkpoints, self.ours.save_total_limit)
+        checkpoint.prune(self.ours.checkpoints, self.ours.save_total_limit, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.load_weights(self.model, Path(resume_from_checkpoint))

@@ -84,6 +84,7 @@ class Exported:
         loading: how to load it, as (language, text) blocks.
         architecture: the model's shape, None where only an adapter is known.
         run: the run it comes from, if any.
+        combination: of a merge of several adapters, what its manifest says of them.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Exported:
     loading: Loading
     architecture: Architecture | None
     run: RunFolder | None
+    combination: Mapping[str, Any] | None = None
 
 
 def card(exported: Exported) -> str:
@@ -102,6 +104,7 @@ def card(exported: Exported) -> str:
     sections = [
         _front_matter(exported, base, generation),
         f"# {exported.name}\n\n{exported.what}",
+        *([_adapters(exported.combination, exported.run)] if exported.combination else []),
         *(_of_run(exported.run, config) if exported.run and config else []),
         "## Loading\n\n"
         + "\n\n".join(f"```{kind}\n{text}\n```" for kind, text in exported.loading),
@@ -142,6 +145,16 @@ def _front_matter(exported: Exported, base: str | None, generation: str | None) 
     if generation:
         lines.append(f"license: {LICENCES[generation][0]}")
     return "\n".join([*lines, "tags:", "- llama", "- plumbtune", "---"])
+
+
+def _adapters(facts: Mapping[str, Any], run: RunFolder | None) -> str:
+    """Which adapters are in the weights, and how they became one."""
+    settings = [f"{key} {facts[key]}" for key in ("density", "seed") if facts[key] is not None]
+    how = ", ".join([f"Several in one, combined by {facts['combination']}", *settings])
+    first = facts["adapters"][0]["name"]
+    follows = f" Data, settings and numbers below are those of {first} alone." if run else ""
+    rows = [[one["name"], f"{one['weight']:g}", one["sha256"]] for one in facts["adapters"]]
+    return f"## Adapters\n\n{how}.{follows}\n\n{_table(['adapter', 'weight', 'sha256'], rows)}"
 
 
 def _of_run(run: RunFolder, config: RunConfig) -> list[str]:

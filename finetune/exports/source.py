@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -42,6 +43,14 @@ class Source:
     def name(self) -> str:
         """The run's name, or the folder's; never a path."""
         return (self.run.path if self.run else self.target).resolve().name
+
+    @property
+    def combination(self) -> dict[str, Any] | None:
+        """What the manifest of a merge of several adapters says of them; else None."""
+        if not (self.folder / artifact.MANIFEST).exists():
+            return None
+        facts: dict[str, Any] = artifact.read_manifest(self.folder)["facts"]
+        return facts if "combination" in facts else None
 
     @property
     def stop_ids(self) -> list[int]:

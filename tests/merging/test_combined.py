@@ -241,3 +241,15 @@ class TestFolder:
         assert len(line["adapter"]) == 4
         assert "cat of 1 x one, 0.5 x two" in captured.err
         assert sorted(run.path.rglob("*")) == before
+
+
+def test_the_card_of_what_is_exported_lists_the_adapters(merged, tmp_path):
+    ways = ("--combine", "dare_linear", "--density", "0.5", "--seed", "3", "--weight", "0.75")
+    folder, record = merged("one", *ways, add=[("two", -0.5)])
+    assert main(["export", str(folder), "--format", "hf", "--out", str(tmp_path / "hf")]) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "combined by dare_linear, density 0.5, seed 3." in card
+    for name, weight, adapter in zip(
+        ("one", "two"), ("0.75", "-0.5"), record["adapters"], strict=True
+    ):
+        assert f"| {name} | {weight} | {adapter['sha256']} |" in card

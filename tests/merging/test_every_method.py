@@ -17,7 +17,11 @@ from finetune.merging.update import ByPeft, LowRank, read_updates
 from finetune.methods import why_not_merged
 
 CASES = [(name, "full") for name in MERGED]
-CASES += [(name, target) for name in ("qlora nf4", "qdora nf4", "qlora int8") for target in TARGETS]
+CASES += [
+    (name, target)
+    for name in ("qlora nf4", "qlora fp4", "qdora nf4", "qlora int8")
+    for target in TARGETS
+]
 BY_PEFT = (
     "dora",
     "qdora",
