@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune import scoreboard
 from finetune.artifact import write_json
 from finetune.config import RunConfig
 from finetune.data import load_data, load_heldout
-from finetune.errors import CheckFailed, InputError
+from finetune.errors import InputError
 from finetune.inference import (
     VARIANTS,
     Opened,
@@ -24,9 +25,7 @@ from finetune.inference import (
 )
 from finetune.prepared import Document
 from finetune.run_folder import RunFolder, find_run
-from finetune.scoring import GROUP_COLUMNS, Scores, probe, score_model
-
-SAME_LOSS = 1e-4  # nats: two ways to compute one model's loss differ by less
+from finetune.scoring import Scores, probe, score_model
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,12 +51,15 @@ def main(argv: Sequence[str]) -> int:
         documents = documents or heldout_documents(config, opened, args.data)
         batch_size, new_tokens = config.eval.per_device_eval_batch_size, config.eval.max_new_tokens
         scores.append(score_model(opened, documents, batch_size, new_tokens, ask))
-        print(f"eval     {opened.name}: {_line(scores[-1])}", file=sys.stderr)
-    result = _result(scores)
+        print(f"eval     {opened.name}: {scoreboard.line(scores[-1])}", file=sys.stderr)
+    against = [scoreboard.paired(scores[0], other) for other in scores[1:]]
+    result = scoreboard.as_json(scores, against)
     if subject.run:
         _save(subject.run, result, args.data)
-    print(json.dumps(result, indent=2) if args.json else table(scores))
-    return _verdict(scores, args.fail_if_worse)
+    print(json.dumps(result, indent=2) if args.json else scoreboard.table(scores, against))
+    if args.fail_if_worse:
+        scoreboard.refuse_worse(against)
+    return 0
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -67,7 +69,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--against", default="", help="base, merged, a folder (comma between)")
     parser.add_argument("--run", help="for a model folder: the run whose rows and format are used")
     parser.add_argument("--probe", type=Path, help="rows of prompt and answer, as plain text")
-    parser.add_argument("--fail-if-worse", action="store_true", help="exit 3 if worse than those")
+    parser.add_argument(
+        "--fail-if-worse", action="store_true", help="exit 3 if surely worse (5 %%)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser.parse_args(list(argv))
 
@@ -150,84 +154,11 @@ def _main_probe(args: argparse.Namespace) -> int:
     else:
         opened = open_folder(target, folder_config(target, "pretrain"))
     scores = probe(opened, args.probe)
-    print(json.dumps(scores.as_json(), indent=2) if args.json else table([scores]))
+    print(json.dumps(scores.as_json(), indent=2) if args.json else scoreboard.table([scores]))
     return 0
-
-
-def _line(scores: Scores) -> str:
-    parts = []
-    if scores.heldout:
-        result = scores.heldout
-        parts.append(f"loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
-    if scores.exact_match is not None:
-        parts.append(f"exact match {100 * scores.exact_match:.1f} % of {len(scores.answers)}")
-    return ", ".join(parts)
-
-
-def _result(scores: Sequence[Scores]) -> dict[str, Any]:
-    """The asked-about model's numbers at the top, the others under `against`."""
-    result = scores[0].as_json()
-    if len(scores) > 1:
-        result["against"] = [other.as_json() for other in scores[1:]]
-    if len(scores) > 1 and scores[0].answers:
-        result["same_text"] = {other.name: _same_text(scores[0], other) for other in scores[1:]}
-    return result
-
-
-def _same_text(first: Scores, other: Scores) -> int:
-    """Rows on which two models wrote the same, to the letter."""
-    pairs = zip(first.answers, other.answers, strict=True)
-    return sum(a.written == b.written for a, b in pairs)
 
 
 def _save(run: RunFolder, result: dict[str, Any], data: Path | None) -> None:
     run.eval.mkdir(exist_ok=True)
     name = f"{data.stem}.json" if data else "heldout.json"
     write_json(run.eval / name, result)
-
-
-def _verdict(scores: Sequence[Scores], fail_if_worse: bool) -> int:
-    if not fail_if_worse:
-        return 0
-    first = scores[0]
-    assert first.heldout is not None
-    limits = {o.name: o.heldout.loss + SAME_LOSS for o in scores[1:] if o.heldout}
-    worse = [name for name, limit in limits.items() if first.heldout.loss > limit]
-    if worse:
-        raise CheckFailed(f"{first.name} has a higher held-out loss than {', '.join(worse)}")
-    return 0
-
-
-def table(scores: Sequence[Scores]) -> str:
-    """Models as columns; loss, perplexity and exact match, overall and by family and template."""
-    rows: list[list[str]] = [["", *(s.name for s in scores)]]
-    if all(s.heldout for s in scores):
-        rows.append(["loss", *(f"{s.heldout.loss:.4f}" for s in scores if s.heldout)])
-        rows.append(["perplexity", *(f"{s.heldout.perplexity:.2f}" for s in scores if s.heldout)])
-    if all(s.answers for s in scores):
-        if len(scores) > 1:
-            others = [f"{_same_text(scores[0], s)}/{len(s.answers)}" for s in scores[1:]]
-            rows.append([f"same text as {scores[0].name}", "", *others])
-        rows.append(["exact match", *(_share(_overall(s)) for s in scores)])
-        for column in GROUP_COLUMNS:
-            groups = [s.by_group(column) for s in scores]
-            for value in groups[0]:
-                rows.append([f"  {column} {value}", *(_share(g[value]) for g in groups)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def _overall(scores: Scores) -> tuple[int, int]:
-    return sum(a.is_right for a in scores.answers), len(scores.answers)
-
-
-def _share(right_of: tuple[int, int]) -> str:
-    right, count = right_of
-    return f"{100 * right / count:5.1f} % ({right}/{count})"

@@ -42,11 +42,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class Scores:
-    """One model on one set of rows."""
+    """One model on one set of rows.
+
+    Attributes:
+        name: the model's.
+        heldout: loss sums; None where only answers were asked for.
+        answers: to the rows' last questions; empty where none were asked for.
+        places: where each row of `heldout` is from.
+    """
 
     name: str
     heldout: HeldoutLoss | None
     answers: tuple[Answer, ...]
+    places: tuple[str, ...] = ()
 
     @property
     def exact_match(self) -> float | None:
@@ -81,7 +89,8 @@ def score_model(
     """Loss on the documents and, if asked, greedy answers to their last question."""
     heldout = score(opened.model, documents, batch_size, opened.device)
     answers = ask_last_questions(opened, documents, max_new_tokens) if ask else ()
-    return Scores(opened.name, heldout, tuple(answers))
+    places = tuple(document.example.where for document in documents)
+    return Scores(opened.name, heldout, tuple(answers), places)
 
 
 def ask_last_questions(

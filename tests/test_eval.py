@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,7 +166,7 @@ class TestAnswers:
         assert main(["eval", str(learned.path), "--against", "base"]) == 0
         head, _, *lines = capsys.readouterr().out.splitlines()
         assert head.split() == ["adapter", "base"]
-        names = [line.split()[0] for line in lines]
+        names = [line.split()[0] for line in lines if line]
         assert {"loss", "perplexity", "exact"} <= set(names[:5])
         assert "  template unseen" in "\n".join(lines)
 
@@ -188,14 +190,15 @@ class TestAnswers:
 
 class TestVerdict:
     @pytest.fixture(scope="class")
-    def ruined(self, tmp_path_factory, small_base):
-        """An adapter that made the base worse."""
-        bench = Bench(tmp_path_factory.mktemp("ruined"), small_base)
-        return bench.train("train.learning_rate=1.0", "train.max_steps=3")
+    def worse(self, tmp_path_factory, small_base):
+        """Arguments: the base, against a run that learned something on every row."""
+        bench = Bench(tmp_path_factory.mktemp("learned"), small_base)
+        run = bench.train("train.max_steps=12", "train.learning_rate=0.003")
+        return (small_base, "--run", run.path, "--against", run.path)
 
-    def test_a_worse_adapter_fails_where_it_is_asked_for(self, ruined, capsys):
-        assert evaluate(capsys, ruined.path, "--against", "base")[0] == 0
-        code, result = evaluate(capsys, ruined.path, "--against", "base", "--fail-if-worse")
+    def test_a_worse_model_fails_where_it_is_asked_for(self, worse, capsys):
+        assert evaluate(capsys, *worse)[0] == 0
+        code, result = evaluate(capsys, *worse, "--fail-if-worse")
         assert code == 3
         assert result["loss"] > result["against"][0]["loss"], "the numbers come all the same"
 
@@ -206,6 +209,35 @@ class TestVerdict:
         assert evaluate(capsys, run.path, *against)[0] == 0
         other = ("--against", str(run.path), "--fail-if-worse")
         assert evaluate(capsys, run.merged, *other)[0] == 0
+
+    def test_what_is_said_is_how_sure_one_can_be(self, worse, capsys):
+        assert main(["eval", *map(str, worse), "--fail-if-worse"]) == 3
+        captured = capsys.readouterr()
+        words = r"loss \+[\d.]+ \(95 %: \+[\d.]+ to \+[\d.]+\), p 0.0039; "
+        words += "better on 0 rows, worse on 9, same on 0"
+        assert re.search(f" against adapter\n  {words}", captured.out)
+        assert re.search(f"error: .* is worse than adapter: {words}", captured.err)
+
+    def test_every_difference_is_in_the_result(self, run, capsys):
+        result = evaluate(capsys, run.path, "--against", "base,merged")[1]
+        for other in result["against"]:
+            loss = result["compared"][other["model"]]["loss"]
+            assert loss["difference"] == pytest.approx(result["loss"] - other["loss"], abs=1e-12)
+            assert loss["num_higher"] + loss["num_lower"] + loss["num_same"] == 9
+        assert result["compared"]["merged"]["loss"]["num_same"] == 9
+        assert result["compared"]["merged"]["most_changed"] == []
+        changed = result["compared"]["base"]["most_changed"]
+        assert {Path(row["where"]).name for row in changed} == {
+            f"heldout.jsonl:{n + 1}" for n in range(9)
+        }
+        apart = [abs(row["loss"] - row["loss_of_other"]) for row in changed]
+        assert apart == sorted(apart, reverse=True)
+
+    def test_so_few_rows_that_nothing_could_fail_are_said(self, worse, capsys, tmp_path):
+        rows = write_rows(tmp_path / "four.jsonl", embedded_rows("heldout", 4))
+        arguments = (*worse, "--data", rows, "--fail-if-worse")
+        assert main(["eval", *map(str, arguments)]) == 2
+        assert "4 rows are too few" in capsys.readouterr().err
 
     def test_worse_than_nothing_is_no_question(self, run, capsys):
         assert evaluate(capsys, run.path, "--fail-if-worse")[0] == 2

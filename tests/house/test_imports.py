@@ -21,7 +21,7 @@ from source_files import (
 LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
-    " pages llama.presets ngrams mojibake hashing copies",
+    " pages llama.presets ngrams mojibake hashing copies comparison",
     "config overlap cache",
     "methods identity starts layer_merge rank_schedule drift watchdog",
     "llama fast run_folder ledger suspicion hub",
@@ -41,7 +41,7 @@ LINES = (
     "trainer inference",
     "recipes monitor scoring proof exports",
     "stages resume",
-    "train generate merge export report doctor verify train_tokenizer",
+    "train generate merge export report doctor verify train_tokenizer scoreboard",
     "eval",
     "smoke",
     "__main__",
@@ -53,7 +53,7 @@ ALLOWED_UPWARDS = {("train", "smoke")}
 
 LIGHT = {"errors", "artifact", "cache", "config", "run_folder", "files", "shapes", "ledger"}
 LIGHT |= {"plan", "ngrams", "overlap", "suspicion", "mojibake", "prepared", "mixture", "report"}
-LIGHT |= {"pages", "methods", "drift"}
+LIGHT |= {"pages", "methods", "drift", "comparison"}
 WITHOUT_TORCH = sorted(LIGHT | {name for name in LEVELS if name.startswith("llama.")})
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
 
