@@ -54,6 +54,8 @@ class Contender:
     other: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_MLP = ["gate_proj", "up_proj", "down_proj"]
 _UNPACKED = {
     # As many rows in a step as two packs hold on average.
     "data": {"packing": False},
@@ -65,6 +67,13 @@ _LARGE = (1e-2, 3e-2, 1e-1)
 CONTENDERS = {
     "full": Contender({"method": "none"}, (3e-4, 1e-3, 3e-3), is_main=True),
     "lora": Contender({"method": "lora", **_LORA}, is_main=True),
+    # What the defaults of `adapter:` rest on: rank, scale, targets.
+    "lora r4": Contender({"method": "lora", "r": 4, "lora_alpha": 8}),
+    "lora r64": Contender({"method": "lora", "r": 64, "lora_alpha": 128}),
+    "lora alpha 16": Contender({"method": "lora", "r": 16, "lora_alpha": 16}),
+    "lora q,v": Contender({"method": "lora", **_LORA, "target_modules": ["q_proj", "v_proj"]}),
+    "lora attention": Contender({"method": "lora", **_LORA, "target_modules": _ATTENTION}),
+    "lora mlp": Contender({"method": "lora", **_LORA, "target_modules": _MLP}),
     "rslora": Contender({"method": "lora", **_LORA, "use_rslora": True}, is_main=True),
     "lora+": Contender({"method": "lora+", **_LORA}, (3e-4, 1e-3, 3e-3), is_main=True),
     "dora": Contender({"method": "dora", **_LORA}, is_main=True),
@@ -112,7 +121,8 @@ def config_of(
 
 def run_key(name: str, rate: float, seed: int, steps: int = NUM_STEPS) -> str:
     """The name of a run's folder."""
-    name = name.replace(" ", "_").replace("+", "plus")  # a run's name has no other letters
+    # A run's name has no other letters.
+    name = name.replace(" ", "_").replace("+", "plus").replace(",", "")
     return f"{name}-{rate:g}-seed{seed}-{steps}"
 
 
@@ -181,7 +191,9 @@ class Runs:
         code, output, _ = self._run("eval", str(folder), "--json")
         if code:
             raise SystemExit(f"eval {folder}: exit code {code}\n{output[-2000:]}")
-        result = json.loads(output[output.index("{") : output.rindex("}") + 1])
+        # Libraries may say something, braces and all, before it.
+        start = f"\n{output}".rindex("\n{\n")
+        result = json.loads(output[start : output.rindex("\n}") + 2])
         return {"loss": result["loss"], "exact_match": result["exact_match"]}
 
     def _run(self, *arguments: str) -> tuple[int, str, float]:
