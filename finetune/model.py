@@ -16,6 +16,7 @@ import torch
 from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     set_seed,
@@ -31,6 +32,7 @@ from finetune.errors import CannotContinue, InputError
 from finetune.fast.attention import register
 from finetune.hub import download
 from finetune.identity import BaseIdentity, merged_adapters_of, tokenizer_hash
+from finetune.llama import config_json
 from finetune.llama.architecture import (
     HUB_IDS,
     Architecture,
@@ -42,7 +44,7 @@ from finetune.llama.architecture import (
 from finetune.llama.chat import FORMATS, ChatFormat, detect_format
 from finetune.llama.meta_format import cached_import
 from finetune.llama.tokenizer import load_tokenizer, save_tokenizer
-from finetune.llama.weight_files import files_by_weight
+from finetune.llama.weight_files import files_by_weight, refuse_too_few_bytes
 
 logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -167,7 +169,7 @@ def open_base(
         InputError: no config.json, no Llama, no weights, no tokenizer, an unfit vocabulary.
     """
     architecture = read_architecture(folder)
-    weight_files(folder)
+    refuse_too_few_bytes(folder, weight_files(folder), architecture.num_parameters().total)
     tokenizer = load_tokenizer(Path(section.tokenizer) if section.tokenizer else folder)
     if len(tokenizer) > architecture.vocab_size:
         raise InputError(
@@ -207,6 +209,8 @@ def read_architecture(folder: Path) -> Architecture:
     if not isinstance(config, dict) or config.get("model_type") != "llama":
         found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise InputError(f"{folder}/config.json: model_type is {found!r}; only llama is trained")
+    if found := config_json.findings_of(config):
+        raise InputError([f"{folder}/config.json: {finding}" for finding in found])
     return from_llama_config(config)
 
 
@@ -265,8 +269,12 @@ def read_weights(folder: Path, **settings: Any) -> LlamaForCausalLM:
         model, info = LlamaForCausalLM.from_pretrained(
             # Mismatched sizes are among the findings below, not ignored.
             str(folder),
+            config=_llama_config(folder),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            # The folder's own settings (top_k, a repetition penalty) would mix with what is asked
+            # for, and differ between a base and its merge.
+            generation_config=GenerationConfig(),
             **settings,
         )
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -277,10 +285,15 @@ def read_weights(folder: Path, **settings: Any) -> LlamaForCausalLM:
     if findings:
         raise InputError(findings)
     assert all(b.dtype == torch.float32 for n, b in model.named_buffers() if "inv_freq" in n)
-    # The folder's own settings (top_k, a repetition penalty) would mix with what is asked for, and
-    # differ between a base and its merge.
-    model.generation_config = GenerationConfig()
     return model
+
+
+def _llama_config(folder: Path) -> LlamaConfig:
+    """transformers' configuration from the documented numbers alone; config.json stays unread."""
+    config = artifact.read_json(folder / "config.json")
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    known = dtype if isinstance(dtype, str) and dtype in DTYPES else None
+    return to_llama_config(read_architecture(folder), known)
 
 
 def quantization_config(section: BaseSection) -> BitsAndBytesConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finetune import artifact
 from finetune.errors import CheckFailed, InputError
 from finetune.exports.source import Source
+from finetune.llama.config_json import passed_on
 from finetune.llama.meta_layout import weights_of
 from finetune.llama.safetensors_stream import Planned, write_model
 from finetune.llama.stored_weights import HEAD, StoredWeight, stored_weights
@@ -53,7 +55,7 @@ def write_hf(
     write_model(folder, _planned(stored), begin_file, int(max_file_gib * 2**30))
     config = artifact.read_json(source.folder / "config.json")
     dtype = config.get("dtype", config.get("torch_dtype"))
-    config = {key: value for key, value in config.items() if key not in _NOT_SHARED}
+    config = {key: v for key, v in passed_on(config).items() if key not in _NOT_SHARED}
     _write_json(folder / "config.json", config | ({"dtype": dtype} if dtype else {}))
     _write_json(folder / "generation_config.json", generation_config(source))
     save_tokenizer(source.tokenizer, folder)
@@ -128,7 +130,7 @@ def shared_settings(settings: dict[str, Any]) -> dict[str, Any]:
 def shared_name(name: str) -> str:
     """A hub id as it is; of a local path only its last part."""
     path = Path(name)
-    is_local = path.is_absolute() or path.exists() or name.count("/") != 1 or name[0] in ".~"
+    is_local = path.is_absolute() or os.path.exists(name) or name.count("/") != 1 or name[0] in ".~"
     return path.name if is_local else name
 
 

@@ -171,7 +171,10 @@ def _rope_parameters(arch: Architecture) -> dict[str, Any]:
 
 def _rope_of_config(given: Mapping[str, Any]) -> dict[str, Any]:
     """RoPE from transformers 5's `rope_parameters`, or from the older two fields."""
-    rope = dict(given.get("rope_parameters") or given.get("rope_scaling") or {})
+    found = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise InputError(f"config.rope_parameters: {found!r:.80} is not a mapping")
+    rope = dict(found)
     theta = rope.pop("rope_theta", given.get("rope_theta"))
     if rope.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise InputError("config.rope_parameters.partial_rotary_factor: a Llama rotates all of it")

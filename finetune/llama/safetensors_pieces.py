@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import CheckFailed, InputError
 from finetune.hashing import BackgroundSha256
 from finetune.llama.safetensors_stream import DTYPES
+from finetune.llama.weight_files import names_in
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,9 @@ class Stored:
         import torch
 
         numbers = content.view(getattr(torch, self.dtype))
-        return numbers.reshape(-1, *self.shape[1:]) if self.shape else numbers.reshape(())
+        if not self.shape or not self.num_bytes:
+            return numbers.reshape(self.shape)
+        return numbers.reshape(-1, *self.shape[1:])
 
     def rows(self, start: int, stop: int) -> Stored:
         """The same tensor cut to some of its rows; `stop` may lie beyond the last."""
@@ -72,15 +75,16 @@ class Stored:
 def stored_tensors(path: Path) -> list[Stored]:
     """What a file holds, in the order of its bytes.
 
+    The library goes first: what it accepts has a header that lies in the file, and tensors one
+    after another that have the bytes of their shapes. This reader adds where they begin.
+
     Raises:
         InputError: not readable as safetensors, or of a type no Llama is stored in.
     """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(length))
-    except (struct.error, ValueError) as error:
-        raise InputError(f"{path}: not readable as safetensors ({error})") from None
+    names_in(path)
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
     found = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]
     return sorted(found, key=lambda tensor: (tensor.begin, tensor.num_bytes))

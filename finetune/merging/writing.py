@@ -17,6 +17,7 @@ import torch
 
 from finetune import artifact
 from finetune.hashing import BackgroundSha256
+from finetune.llama.config_json import passed_on
 from finetune.llama.safetensors_pieces import HashedReading
 from finetune.llama.safetensors_stream import file_content
 from finetune.llama.tokenizer import save_tokenizer
@@ -49,9 +50,8 @@ def write_merged(plan: MergePlan, folder: Path) -> dict[str, str]:
     check_base(plan, read)
     if len(plan.files) > 1 or (plan.base.folder / INDEX).is_file():
         _write_index(plan, folder)
-    settings = artifact.read_json(plan.base.folder / "config.json")
+    settings = passed_on(artifact.read_json(plan.base.folder / "config.json"))
     settings.pop("torch_dtype", None)
-    settings.pop("quantization_config", None)
     settings["dtype"] = plan.dtype
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(plan.base.tokenizer, folder)
