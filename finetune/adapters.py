@@ -19,7 +19,6 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights
 from transformers import LlamaForCausalLM
 
 from finetune import rank_schedule
@@ -27,9 +26,10 @@ from finetune.artifact import sha256_of
 from finetune.config.adapter import CHANGES_BASE, AdapterSection
 from finetune.data_starts import StartInputs, clean_corda, prepare_corda, start_eva, start_loftq
 from finetune.errors import CheckFailed, InputError
-from finetune.identity import ADAPTER_FILES, BaseIdentity, verified_facts
+from finetune.identity import ADAPTER_FILES, BaseIdentity, settings_of, verified_facts
 from finetune.layer_merge import merged_weight
 from finetune.llama.architecture import from_llama_config
+from finetune.llama.weight_files import tensors_in
 from finetune.methods import method_of
 from finetune.starts import changes_base, keep_start, restore_start, save_as_plain_lora
 
@@ -199,10 +199,11 @@ def load_adapter(
             missing, unexpected or of another shape.
     """
     verified_facts(folder, base)
-    config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = True
-    peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
-    weights = load_peft_weights(str(folder), device="cpu")
+    with settings_of(folder):
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
+    weights = tensors_in(folder / ADAPTER_FILES[1])
     _check_keys(folder, peft_model, weights)
     set_peft_model_state_dict(peft_model, weights)
     peft_model.requires_grad_(False)

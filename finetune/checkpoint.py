@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,17 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from finetune import artifact
 from finetune.artifact import read_json, write_json
 from finetune.errors import CannotContinue, CheckFailed, InputError
+from finetune.llama.weight_files import tensors_in
 
 WEIGHTS = "trained.safetensors"
 OPTIMIZER = "optimizer"
 SCHEDULER = "scheduler.json"
 WATCH = "watch.json"  # what the rolling statistics of spikes have seen
 LATEST = "latest.json"
+_STEP = re.compile(r"step-[0-9]{6,12}")
 _TENSOR = "__tensor__"  # stands in JSON where a tensor was
 
 
@@ -38,7 +41,7 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
     if not checkpoints.is_dir():
         return []
-    found = [p for p in checkpoints.iterdir() if p.name.startswith("step-") and p.is_dir()]
+    found = [p for p in checkpoints.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -160,7 +163,7 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     Raises:
         CheckFailed: names, shapes or types differ from the model's.
     """
-    saved, wanted = load_file(str(folder / WEIGHTS)), trained_parameters(model)
+    saved, wanted = tensors_in(folder / WEIGHTS), trained_parameters(model)
     if set(saved) != set(wanted):
         differing = sorted(set(saved) ^ set(wanted))
         raise CheckFailed(f"{folder}: trained parameters differ: {', '.join(differing[:5])}")
@@ -186,7 +189,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     They are the same numbers unless a setting was changed on purpose, and then it is to act.
     """
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    tensors = load_file(str(folder / f"{OPTIMIZER}.safetensors"))
+    tensors = tensors_in(folder / f"{OPTIMIZER}.safetensors")
     state = _with_tensors(read_json(folder / f"{OPTIMIZER}.json"), tensors)
     state["state"] = {int(index): entries for index, entries in state["state"].items()}
     optimizer.load_state_dict(state)

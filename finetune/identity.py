@@ -6,8 +6,10 @@ the same adapter was merged into, or with another scaling, PEFT loads it without
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -92,9 +94,27 @@ def verified_facts(folder: Path, base: BaseIdentity | None) -> dict[str, Any]:
     facts: dict[str, Any] = artifact.read_manifest(folder)["facts"]
     _refuse_edited_settings(folder, facts)
     artifact.verify(folder)
+    if not (folder / ADAPTER_FILES[1]).is_file():  # PEFT would go on to a pickle, then to the hub
+        raise CheckFailed(f"{folder}: no {ADAPTER_FILES[1]}; pickled weights (.bin) are not read")
     if base is not None:
         _refuse_other_base(folder, facts, base)
     return facts
+
+
+@contextlib.contextmanager
+def settings_of(folder: Path) -> Iterator[None]:
+    """Reads or applies adapter_config.json through PEFT, which trusts what is written there.
+
+    Raises:
+        CheckFailed: PEFT fails on the settings.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error) as error:
+        cause = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        raise CheckFailed(
+            f"{folder / ADAPTER_FILES[0]}: PEFT cannot use these settings on this base ({cause})"
+        ) from error
 
 
 def _refuse_edited_settings(folder: Path, facts: Mapping[str, Any]) -> None:

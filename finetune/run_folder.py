@@ -132,7 +132,8 @@ def _take_over(run: RunFolder, changes: Sequence[Change], allowed: Sequence[str]
             "nothing. Choose another run.name"
         )
     latest = run.checkpoints / "latest.json"
-    step = read_json(latest)["step"] if latest.exists() else None
+    named = read_json(latest) if latest.exists() else None
+    step = named.get("step") if isinstance(named, dict) else None
     remember([c for c in changes if c.key != "run.resume"], run.path, step)
     for change in changes:
         print(f"changed  {change}", file=sys.stderr)

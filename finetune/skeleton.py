@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 from finetune.adapters import ADAPTER_FILES
 from finetune.config.base import BaseSection
 from finetune.fast.attention import register
+from finetune.identity import settings_of
 from finetune.layer_merge import SHARED
 from finetune.llama.architecture import to_llama_config
 from finetune.llama.weight_files import files_by_weight
@@ -190,6 +191,11 @@ def attached_skeleton(
     if quantized is not None:
         _make_quantized(llama, quantized)
     source = AdapterFolder(adapter) if isinstance(adapter, Path) else adapter
+    with settings_of(adapter) if isinstance(adapter, Path) else contextlib.nullcontext():
+        return _attached(llama, source, dtype)
+
+
+def _attached(llama: LlamaForCausalLM, source: AdapterSource, dtype: torch.dtype) -> Skeleton:
     config: Any = source.config()
     config.inference_mode = True
     llama.name_or_path = config.base_model_name_or_path or ""  # else PEFT warns of a renaming

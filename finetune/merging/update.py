@@ -19,6 +19,7 @@ from peft.utils.other import get_pattern_key
 from finetune import artifact
 from finetune.adapters import ADAPTER_FILES
 from finetune.errors import CheckFailed
+from finetune.identity import settings_of
 from finetune.layer_merge import SHARED, merged_weight
 from finetune.llama.safetensors_pieces import Stored, stored_tensors
 
@@ -123,8 +124,14 @@ def read_updates(folder: Path) -> dict[str, Update]:
     """The update of every matrix a PEFT folder changes, by the base's tensor name.
 
     Raises:
-        CheckFailed: an A without its B, a key that is neither, or a method that is not merged.
+        CheckFailed: an A without its B, a key that is neither, settings that cannot be used, or a
+            method that is not merged.
     """
+    with settings_of(folder):
+        return _updates_in(folder)
+
+
+def _updates_in(folder: Path) -> dict[str, Update]:
     settings = artifact.read_json(folder / ADAPTER_FILES[0])
     by_module: dict[str, dict[str, Stored]] = {}
     every = stored_tensors(folder / ADAPTER_FILES[1])
