@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import FrameType
 
+from finetune.artifact import keep_to_oneself
 from finetune.errors import InputError, run_command
 
 VERBS: dict[str, tuple[str, str, str]] = {
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_help())
         return 0
+    keep_to_oneself()
     signal.signal(signal.SIGTERM, _end)  # `train` sets handlers of its own
     return run_command(lambda args: _run_verb(argv[0], args), argv[1:])
 

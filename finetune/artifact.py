@@ -70,6 +70,11 @@ def write_text(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def keep_to_oneself() -> None:
+    """From here on nothing is made that others may write: what a run reads later decides it."""
+    os.umask(os.umask(0o077) | 0o022)
+
+
 def make_folder(path: Path) -> None:
     """Makes a folder and what it lies in, so that a power cut does not take a new one away."""
     if path.is_dir():
@@ -121,11 +126,13 @@ def read_json(path: Path) -> Any:
     Raises:
         InputError: the file is missing or is not JSON.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no file that can be read to an end")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
 
 
@@ -212,6 +219,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file that can be read to an end")
         text = path.read_bytes().decode()
         manifest = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from finetune.artifact import Place
+from finetune.artifact import Place, keep_to_oneself
 from finetune.config.loader import Loaded, load
 from finetune.errors import (
     CannotContinue,
@@ -228,4 +228,5 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    keep_to_oneself()
     sys.exit(run_command(lambda args: main(args), sys.argv[1:]))

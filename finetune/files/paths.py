@@ -59,7 +59,7 @@ def find_files(path: str) -> list[Path]:
         return _data_files(path, sorted(_files_below(path)))
     if os.path.lexists(path):
         _refuse_unread(Path(path))
-        return [Path(path)]
+        return _regular([Path(path)])
     if not glob.has_magic(path):
         raise InputError(f"{path}: no such file (relative paths start at the current folder)")
     found = sorted(Path(p) for p in glob.glob(path, recursive=True) if not os.path.isdir(p))
@@ -99,7 +99,14 @@ def _data_files(path: str, found: Sequence[Path]) -> list[Path]:
     if not wanted:
         there = f"there are {_names(found)}" if found else "there is no file"
         raise InputError(f"{path}: holds no data file; {there}; read are {allowed_types()}")
-    return wanted
+    return _regular(wanted)
+
+
+def _regular(files: list[Path]) -> list[Path]:
+    """The files, none of them a pipe or a device, which may never end."""
+    if special := [file for file in files if file.exists() and not file.is_file()]:
+        raise InputError(f"{special[0]}: is no regular file")
+    return files
 
 
 def _names(files: Sequence[Path]) -> str:

@@ -21,6 +21,8 @@ def refuse_failed_download(path: Path) -> None:
     """
     if path.is_dir():
         raise InputError(f"{path}: is a folder, a file is needed")
+    if path.exists() and not path.is_file():  # a pipe or a device: it may never end
+        raise InputError(f"{path}: is no file that can be read to an end")
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)

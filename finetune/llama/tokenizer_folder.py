@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from finetune.errors import InputError
 from finetune.llama.downloads import read_json_object
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -16,7 +17,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
     Only what is data is taken: never the class, nor code. Empty where the folder has none.
 
     Raises:
-        InputError: a file is there but is not JSON.
+        InputError: a file is there but is not JSON, or the template no text.
     """
     settings: dict[str, Any] = {}
     # The newer file wins; the older one only fills gaps.
@@ -29,8 +30,11 @@ def read_folder(folder: Path) -> dict[str, Any]:
                 if config.get(key) is not None:
                     settings[key] = config[key]
     template = folder / "chat_template.jinja"
-    if template.exists():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
+    if template.is_file():
+        try:
+            settings["chat_template"] = template.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{template}: is no text in UTF-8 ({error})") from None
     return settings
 
 
