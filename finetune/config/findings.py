@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -40,6 +41,12 @@ HABITS = {
 }
 """Names people bring from other tools -> the setting here."""
 
+_SECRET = re.compile(
+    r"(?i)(^|[_.-])(token|auth|bearer|credentials?|passwd|passphrase)$"
+    r"|api_?key|access_?key|private_?key|secret|password"
+)
+"""Names of what must not stand in a config, nor in a message about one."""
+
 
 def describe_errors(
     error: ValidationError,
@@ -69,11 +76,11 @@ def describe_errors(
         if item["type"] == "extra_forbidden":
             sentences[full] = unknown_key(full, found, model, known_paths)
         elif item["type"] == "value_error":
-            sentences[full] = f"found {show(found)}; {item['ctx']['error']}"
+            sentences[full] = f"found {show(found, full)}; {item['ctx']['error']}"
         else:
             field = _field(model, path)
             allowed = describe_field(field) if field else item["msg"]
-            what = "missing" if item["type"] == "missing" else f"found {show(found)}"
+            what = "missing" if item["type"] == "missing" else f"found {show(found, full)}"
             sentences[full] = f"{what}; allowed: {allowed}"
     return sentences
 
@@ -84,7 +91,7 @@ def unknown_key(path: Path, found: Any, model: type[BaseModel], known: Iterable[
     inner = _model_at(model, path[1:-1]) or model
     allowed = ", ".join(inner.model_fields)
     hint = f"did you mean {meant}? " if meant else ""
-    return f"unknown key (found {show(found)}); {hint}allowed: {allowed}"
+    return f"unknown key (found {show(found, path)}); {hint}allowed: {allowed}"
 
 
 def did_you_mean(path: Path, known: Iterable[str]) -> str | None:
@@ -101,14 +108,35 @@ def did_you_mean(path: Path, known: Iterable[str]) -> str | None:
     return None
 
 
-def show(value: Any) -> str:
-    """A value as a person would write it, shortened."""
+def show(value: Any, path: Path = ()) -> str:
+    """A value as a person would write it, shortened; not that of a key that names a secret.
+
+    Args:
+        value: a value of a config.
+        path: its keys, the outermost first.
+    """
+    value = _without_secrets(value, path)
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _without_secrets(value: Any, path: Path) -> Any:
+    if value is not None and any(_SECRET.search(key) for key in path):
+        return _Hidden()
+    if isinstance(value, Mapping):
+        return {key: _without_secrets(inner, (str(key),)) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(inner, ()) for inner in value]
+    return value
+
+
+class _Hidden:
+    def __repr__(self) -> str:
+        return "a value that is not shown: secrets belong into the environment"
 
 
 def describe_field(field: FieldInfo) -> str:
