@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from finetune import artifact
-from finetune.errors import InputError
+from finetune.errors import CannotContinue, CheckFailed, InputError
 
 _SETTLED_NS = 1_000_000_000
 
@@ -16,6 +17,34 @@ _SETTLED_NS = 1_000_000_000
 def cache_root() -> Path:
     """FINETUNE_CACHE, or ~/.cache/plumbtune."""
     return Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "plumbtune")
+
+
+@contextlib.contextmanager
+def kept_in_cache() -> Iterator[None]:
+    """Says which setting chose the folder where the disk refuses what is to be kept there."""
+    try:
+        yield
+    except CannotContinue as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise CannotContinue(f"{error}. FINETUNE_CACHE names another folder") from error.__cause__
+
+
+def damage_in(folder: Path, root: Path | None = None) -> str | None:
+    """What of a published folder is not as it was, or None; unchanged files are not read again.
+
+    Args:
+        root: where hashes are kept; `cache_root()` if left out.
+    """
+    try:
+        files = artifact.read_manifest(folder)["files"]
+        for name, entry in files.items():
+            path = folder / name
+            if not path.is_file() or remembered_sha256(path, root) != entry["sha256"]:
+                return str(path)
+    except (CheckFailed, FileNotFoundError, KeyError, TypeError) as error:
+        return str(error)
+    return None
 
 
 def remembered_sha256(file: Path, root: Path | None = None) -> str:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune import artifact
 from finetune.artifact import sha256_of_json
-from finetune.cache import cache_root, remembered_sha256
+from finetune.cache import cache_root, kept_in_cache, remembered_sha256
 from finetune.config import RunConfig
 from finetune.errors import CannotContinue, CheckFailed, InputError
 from finetune.llama.chat import ChatFormat
@@ -64,7 +64,7 @@ def prepare(
         renderer = Renderer(config.data, tokenizer, chat_format)
         num_ids = max(tokenizer.get_vocab().values()) + 1  # more than len() where some are unused
         try:
-            with artifact.staged(folder, facts) as stage:
+            with kept_in_cache(), artifact.staged(folder, facts) as stage:
                 Preparation(config, renderer, stage, num_ids, findings).run(files)
                 _refuse_changed(files)
         except (InputError, CannotContinue):

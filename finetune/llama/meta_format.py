@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from finetune import artifact
-from finetune.cache import remembered_sha256
+from finetune.cache import damage_in, kept_in_cache, remembered_sha256
 from finetune.errors import CannotContinue, InputError
 from finetune.llama.architecture import to_llama_config
 from finetune.llama.hyperparameters import Architecture
@@ -108,9 +110,14 @@ def cached_import(source: Path, cache_root: Path, tokenizer: Path | None = None)
     files = [source / PARAMS, *read_checkpoint(source).shards, *_files_of(tokenizer)]
     digest = artifact.sha256_of_json([remembered_sha256(file, cache_root) for file in files])
     out = cache_root / f"{source.resolve().name}-{digest[:16]}"
+    if out.exists() and (damaged := damage_in(out, cache_root)):
+        print(f"base     {damaged}: is damaged; converted again", file=sys.stderr)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            artifact.remove(out)
     if not out.exists():
         try:
-            import_checkpoint(source, out, tokenizer=tokenizer)
+            with kept_in_cache():
+                import_checkpoint(source, out, tokenizer=tokenizer)
         except (InputError, CannotContinue):
             if not out.exists():  # else another process was faster
                 raise
