@@ -27,34 +27,45 @@ from finetune import artifact
 LONG = {"max_steps": 60, "save_steps": 7, "eval_steps": None}
 
 
+SWEEPS = [
+    *("kills", "refused-space", "refused-io", "read-only", "full-at-byte", "power"),
+    *("signals", "signals-twice", "random-kills", "damage"),
+]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    """The sweeps asked for; those of another call stay in the result's file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="where to work; it is emptied")
     parser.add_argument("--json", type=Path, help="where to keep the result")
     parser.add_argument("--step", type=int, default=1, help="only every so many points")
     parser.add_argument("--kills", type=int, default=10, help="random kills in each of 5 chains")
+    parser.add_argument("--only", nargs="*", choices=SWEEPS, default=SWEEPS)
     args = parser.parse_args(argv)
     shutil.rmtree(args.folder, ignore_errors=True)
     import_all()
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    outcomes = []
-    for outcome in run_all(args.folder, args.step, args.kills):
+    kept = artifact.read_json(args.json) if args.json and args.json.exists() else {"sweeps": []}
+    outcomes = {outcome["name"]: outcome for outcome in kept["sweeps"]}
+    failed = False
+    for outcome in run_all(args.folder, args.step, args.kills, args.only):
         print(f"{outcome['held']:5} of {outcome['tried']:5} {outcome['name']}", file=sys.stderr)
         for failure in outcome["failures"][:10]:
             print(f"      {failure}", file=sys.stderr)
-        outcomes.append(outcome)
+        failed = failed or bool(outcome["failures"])
+        outcomes[outcome["name"]] = outcome
         if args.json:  # after each: a sweep that is cut short keeps what it found
-            artifact.write_json(args.json, {"date": date, "step": args.step, "sweeps": outcomes})
-    return 1 if any(outcome["failures"] for outcome in outcomes) else 0
+            artifact.write_json(args.json, {"sweeps": list(outcomes.values())})
+    return int(failed)
 
 
-def run_all(folder: Path, step: int, kills: int) -> Iterator[dict[str, Any]]:
-    """Every sweep in turn, each with its time."""
+def run_all(folder: Path, step: int, kills: int, only: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Sweeps in turn, each with its date, its step and its time."""
     runs = _place(folder / "short")
     expected = sweeps.straight(runs)
     shutil.copytree(runs.run.checkpoints, folder / "sound")
     points = range(0, sweeps.num_operations(runs), step)
     between = range(step // 2, points.stop, step)
+    limits = disks.bytes_to_try(runs, max(20 // step, 4))
     quiet = _place(folder / "quiet", train={"eval_steps": None})
     # In the last step a signal comes too late to stop the run.
     micro_batches = range(0, quiet.num_micro_batches_before_the_last_step, -(-step // 8))
@@ -64,16 +75,19 @@ def run_all(folder: Path, step: int, kills: int) -> Iterator[dict[str, Any]]:
         lambda: disks.refused(runs, expected, points, errno.ENOSPC),
         lambda: disks.refused(runs, expected, between, errno.EIO),
         lambda: disks.read_only(runs, expected, points),
-        lambda: disks.full_at_byte(runs, expected, disks.bytes_to_try(runs, max(20 // step, 4))),
+        lambda: disks.full_at_byte(runs, expected, limits),
         lambda: sweeps.powerless(runs, expected, points),
         lambda: signals.signalled(quiet, sweeps.straight(quiet), micro_batches),
         lambda: signals.signalled_twice(quiet, sweeps.straight(quiet), step),
         lambda: sweeps.killed_at_random(long, sweeps.straight(long), -(-5 // step), kills),
         lambda: corrupted(folder / "sound", folder / "damaged"),
     ]
-    for part in parts:
-        began = time.monotonic()
-        yield part().as_json() | {"seconds": round(time.monotonic() - began, 1)}
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    for name, part in zip(SWEEPS, parts, strict=True):
+        if name in only:
+            began, found = time.monotonic(), part().as_json()
+            seconds = round(time.monotonic() - began, 1)
+            yield found | {"date": date, "step": step, "seconds": seconds}
 
 
 def _place(folder: Path, **settings: dict[str, Any]) -> Runs:
