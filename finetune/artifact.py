@@ -205,6 +205,7 @@ def remove(folder: Path) -> None:
         os.rename(folder, trash)
         _fsync(folder.parent)  # or a power cut could bring the name back over half of the files
         shutil.rmtree(trash)
+        _fsync(folder.parent)
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -243,6 +243,7 @@ def _sentence(result: dict[str, Any]) -> str:
     proof = result["proof"]
     text = (
         f"same greedy text on {proof['same_text']} of {proof['prompts']} prompts"
+        + (f" ({proof['ties']} part where two tokens are level)" if proof["ties"] else "")
         if proof["prompts"]
         else f"same next token at {proof['same_next_token']} of {proof['tokens']} places"
     )

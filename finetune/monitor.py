@@ -167,8 +167,8 @@ class StepMetrics(TrainerCallback):
             done = " (skipped)" if trainer.ours.on_spike == "skip" else ""
             print(f"spike    step {state.global_step}{done}: {spike}", file=sys.stderr)
         self.progress.step(state.global_step, trainer.step_loss, trainer.step_num_tokens, seconds)
-        if control.should_save and self.file is not None:
-            os.fsync(self.file.fileno())  # a checkpoint goes on from here: these lines are its own
+        if control.should_save:
+            self._settle()  # a checkpoint goes on from here: these lines are its own
 
     def on_evaluate(
         self,
@@ -181,6 +181,7 @@ class StepMetrics(TrainerCallback):
         """Writes the held-out loss, once a step: a run that went on may have it already."""
         if state.global_step not in self.heldout_steps:
             self._write(step=state.global_step, heldout_loss=metrics["eval_loss"])
+            self._settle()  # the last one comes after the last checkpoint
         self.progress.heldout_loss = metrics["eval_loss"]
         self.started = time.monotonic()
 
@@ -201,6 +202,14 @@ class StepMetrics(TrainerCallback):
         try:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
+        except OSError as error:
+            raise CannotContinue(f"{self.path}: could not be written: {error}") from error
+
+    def _settle(self) -> None:
+        """What was written so far outlives a power cut."""
+        assert self.file is not None, "training has begun"
+        try:
+            os.fsync(self.file.fileno())
         except OSError as error:
             raise CannotContinue(f"{self.path}: could not be written: {error}") from error
 

@@ -11,7 +11,9 @@ from peft import PeftModel
 from small_runs import Bench
 from transformers import AutoModelForCausalLM
 
+from finetune import proof as proof_module
 from finetune.__main__ import main
+from finetune.inference import folder_config, open_folder
 from finetune.merge import merge
 from finetune.model import find_base
 from finetune.proof import _proof_documents
@@ -103,6 +105,24 @@ def test_both_bases_of_a_quantized_run_are_measured(bench, quantization, tmp_pat
 def test_a_base_that_is_not_quantized_has_no_dequantized_weights(run, capsys):
     assert main(["merge", str(run.path), "--base", "dequantized"]) == 2
     assert "the run's base is not quantised" in capsys.readouterr().err
+
+
+def test_texts_that_part_where_two_tokens_are_level_are_no_difference(small_base):
+    """Which of the two is larger depends on the number of threads; a merge that is right would be
+    refused on one machine and pass on another."""
+    opened = open_folder(small_base, folder_config(small_base))
+    prompt, common = [1, 50, 60], [70, 80]
+    with torch.no_grad():
+        opened.model.lm_head.weight[31] = opened.model.lm_head.weight[30] * (1 + 1e-6)
+
+    def is_tie(one, other):
+        return proof_module._is_tie(
+            (opened, opened), prompt, [*common, *one], [*common, *other], 1e-3
+        )
+
+    assert is_tie([30, 5, 6], [31, 7])
+    assert not is_tie([30, 5, 6], [32, 5, 6])
+    assert not is_tie([], [30]), "one has ended"
 
 
 class TestUnitsInTheLastPlace:
