@@ -116,6 +116,8 @@ def config_of(
     values["train"] |= {"save_steps": 10**6, "logging_steps": 100}
     for section, settings in contender.other.items():
         values[section] |= settings
+    if steps == TIMED_STEPS:  # nothing but steps
+        values["data"]["heldout"], values["train"]["eval_steps"] = [], None
     return values
 
 
@@ -174,13 +176,14 @@ class Runs:
         if code:
             raise SystemExit(f"{config}: exit code {code}\n{output[-2000:]}")
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
+        held = [line for line in reversed(lines) if "heldout_loss" in line]
         seconds = [line["seconds"] for line in lines if "seconds" in line]
         weights = [
             *folder.glob("adapter/adapter_model.safetensors"),
             *folder.glob("model/*.safetensors"),
         ]
         return {
-            "heldout_loss": [x["heldout_loss"] for x in lines if "heldout_loss" in x][-1],
+            "heldout_loss": next((x["heldout_loss"] for x in held), None),
             "seconds_a_step": statistics.median(seconds[5:]),
             "peak_mib": round(peak),
             "trainable": trainable_in(output),

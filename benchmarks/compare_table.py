@@ -32,8 +32,8 @@ def _line(name: str, row: dict[str, Any]) -> str:
         f"{row['learning_rate']:g}",
         f"{row['trainable']:,}",
         f"{row['bytes'] / 1000:,.0f}",
-        f"{row['ms_a_step']:.0f}",
-        f"{row['peak_mib']:,}",
+        f"{row['ms_a_step']:.0f}" if "ms_a_step" in row else "–",
+        f"{row['peak_mib']:,}" if "peak_mib" in row else "–",
     ]
     return f"| {' | '.join(cells)} |"
 

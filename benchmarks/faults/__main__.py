@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, required=True, help="where to work; it is emptied")
     parser.add_argument("--json", type=Path, help="where to keep the result")
     parser.add_argument("--step", type=int, default=1, help="only every so many points")
-    parser.add_argument("--kills", type=int, default=10, help="random kills in each of 5 chains")
+    parser.add_argument("--kills", type=int, default=50, help="random kills")
     parser.add_argument("--only", nargs="*", choices=SWEEPS, default=SWEEPS)
     args = parser.parse_args(argv)
     shutil.rmtree(args.folder, ignore_errors=True)
@@ -79,7 +79,7 @@ def run_all(folder: Path, step: int, kills: int, only: Sequence[str]) -> Iterato
         lambda: sweeps.powerless(runs, expected, points),
         lambda: signals.signalled(quiet, sweeps.straight(quiet), micro_batches),
         lambda: signals.signalled_twice(quiet, sweeps.straight(quiet), step),
-        lambda: sweeps.killed_at_random(long, sweeps.straight(long), -(-5 // step), kills),
+        lambda: sweeps.killed_at_random(long, sweeps.straight(long), kills),
         lambda: corrupted(folder / "sound", folder / "damaged"),
     ]
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()

@@ -115,21 +115,24 @@ def powerless(runs: Runs, expected: dict[str, Any], points: Iterable[int]) -> Ou
     return outcome
 
 
-def killed_at_random(runs: Runs, expected: dict[str, Any], chains: int, kills: int) -> Outcome:
-    """SIGKILL at random times, each on the run that goes on from the last; a chain ends alone."""
+def killed_at_random(runs: Runs, expected: dict[str, Any], kills: int) -> Outcome:
+    """SIGKILL at random times, each on the run that goes on from the last, in as many chains as it
+    takes; a chain ends with a run that is left alone."""
     outcome = Outcome("killed at random times, chained")
     shutil.rmtree(runs.run.path, ignore_errors=True)
     began = time.monotonic()
     assert runs.attempt() == 0
-    usual, chance = time.monotonic() - began, random.Random(0)
-    for chain in range(chains):
+    usual, chance, lengths = time.monotonic() - began, random.Random(0), []
+    while outcome.tried < kills:
         shutil.rmtree(runs.run.path, ignore_errors=True)
         landed = 0
-        while landed < kills and not runs.run.is_finished:
+        while outcome.tried + landed < kills and not runs.run.is_finished:
             code = runs.attempt(killed_after=chance.uniform(0.2, 0.6) * usual)
             landed += code == -signal.SIGKILL
         outcome.tried += landed
-        _go_on(runs, expected, f"chain {chain} of {landed}", outcome, [])
+        lengths.append(landed)
+        _go_on(runs, expected, f"chain {len(lengths)} of {landed}", outcome, [])
+    outcome.notes["kills in a chain"] = lengths
     return outcome
 
 
