@@ -56,11 +56,11 @@ eval: $(STAMP)  ## [RUN=folder] held-out numbers
 merge: $(STAMP)  ## [RUN=folder] full weights, with the proof that they equal base and adapter
 	$(PY) -m finetune merge $(RUN) $(ARGS)
 
-compare: $(STAMP)  ## every method on the embedded base, with a table and a plot: an hour, resumable
+compare: $(STAMP)  ## every method on the embedded base, with a table and a plot: 2 hours, resumable
 	$(PY) -m benchmarks.compare_methods --folder runs/compare --json runs/compare/result.json \
 		--plot runs/compare/result.svg $(ARGS)
 
-faults: $(STAMP)  ## kills, full disks, power cuts and damage at every point of a run: 40 minutes
+faults: $(STAMP)  ## kills, full disks, power cuts and damage at every point of a run: an hour, in parts with --only
 	$(PY) -m benchmarks.faults --folder build/faults --json build/faults.json $(ARGS)
 
 test: $(STAMP)  ## the tests, without the slow ones

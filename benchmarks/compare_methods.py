@@ -282,9 +282,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", choices=list(CONTENDERS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--measure", type=Path, help="a kept result: only its time and memory")
     args = parser.parse_args(argv)
-    names = args.only or list(CONTENDERS)
-    table = compare(Runs(args.folder, args.jobs), names, args.jobs)
+    if args.measure:
+        table = json.loads(args.measure.read_text(encoding="utf-8"))["methods"]
+    else:
+        names = args.only or list(CONTENDERS)
+        table = compare(Runs(args.folder, args.jobs), names, args.jobs)
     measure(Runs(args.folder, 1), table)
     result = {"date": time.strftime("%Y-%m-%d"), "steps": NUM_STEPS, "methods": table}
     if args.json:
