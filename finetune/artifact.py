@@ -13,12 +13,12 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import CannotContinue, CheckFailed, FinetuneError, InputError
+from finetune.errors import CannotContinue, CheckFailed, InputError, is_of_the_system
 
 MANIFEST = "manifest.json"
 _READ_BYTES = 1 << 20
@@ -120,14 +120,23 @@ class Place:
         )
 
 
+def refuse_special(path: Path) -> None:
+    """Refuses a pipe or a device before it is opened: it may never end.
+
+    Raises:
+        InputError: it is there, and no regular file.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no regular file")
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
         InputError: the file is missing or is not JSON.
     """
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: is no file that can be read to an end")
+    refuse_special(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -168,19 +177,13 @@ def staged(
         os.rename(stage, final)
         _fsync(final.parent)
     except Exception as error:
-        if not _is_of_the_disk(error):
+        if not is_of_the_system(error):
             raise
         raise CannotContinue(
             f"{final}: could not be written: {error}; nothing published"
         ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-
-
-def _is_of_the_disk(error: Exception) -> bool:
-    """safetensors and tokenizers are written in Rust: theirs is no OSError, but quotes one."""
-    is_ours = isinstance(error, FinetuneError)
-    return isinstance(error, OSError) or ("(os error " in str(error) and not is_ours)
 
 
 def sweep(folder: Path) -> list[str]:
@@ -220,11 +223,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is no file that can be read to an end")
+        refuse_special(path)
         text = path.read_bytes().decode()
         manifest = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+    except (InputError, OSError, ValueError, RecursionError) as error:
         raise CheckFailed(f"{path}: no readable manifest ({error})") from None
     is_ours = isinstance(manifest, dict) and manifest.keys() == {"facts", "files", "sha256"}
     if not is_ours or not all(isinstance(manifest[key], dict) for key in ("facts", "files")):
@@ -235,15 +237,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def findings_of(folder: Path) -> list[str]:
-    """Compares a published folder with its manifest; an empty list means that all is well."""
+def findings_of(folder: Path, hash_of: Callable[[Path], str] = sha256_of) -> list[str]:
+    """Compares a published folder with its manifest; an empty list means that all is well.
+
+    Args:
+        hash_of: gives the sha256 of a file; one that remembers need not read it.
+    """
     try:
         files = read_manifest(folder)["files"]
     except CheckFailed as error:
         return [str(error)]
-    findings = [
-        finding for name, entry in files.items() if (finding := _file_finding(folder, name, entry))
-    ]
+    found = [_file_finding(folder, name, entry, hash_of) for name, entry in files.items()]
+    findings = [finding for finding in found if finding]
     extra = sorted(set(_file_names(folder)) - set(files) - {MANIFEST})
     return findings + [f"{folder / name}: is not in the manifest" for name in extra]
 
@@ -260,7 +265,9 @@ def verify(folder: Path) -> dict[str, Any]:
     return read_manifest(folder)
 
 
-def _file_finding(folder: Path, name: str, entry: Any) -> str | None:
+def _file_finding(
+    folder: Path, name: str, entry: Any, hash_of: Callable[[Path], str]
+) -> str | None:
     path = folder / name
     if ".." in Path(name).parts or Path(name).is_absolute():
         return f"{path}: a manifest may not point outside its folder"
@@ -270,7 +277,7 @@ def _file_finding(folder: Path, name: str, entry: Any) -> str | None:
         return f"{path}: missing"
     if path.stat().st_size != entry["bytes"]:
         return f"{path}: {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
-    if sha256_of(path) != entry["sha256"]:
+    if hash_of(path) != entry["sha256"]:
         return f"{path}: its content differs from what was published (sha256)"
     return None
 

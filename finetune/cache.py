@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune import artifact
-from finetune.errors import CannotContinue, CheckFailed, InputError
+from finetune.errors import CannotContinue, InputError, is_of_the_system
 
 _SETTLED_NS = 1_000_000_000
 
@@ -25,26 +25,9 @@ def kept_in_cache() -> Iterator[None]:
     try:
         yield
     except CannotContinue as error:
-        if not isinstance(error.__cause__, OSError):
+        if not is_of_the_system(error.__cause__):
             raise
         raise CannotContinue(f"{error}. FINETUNE_CACHE names another folder") from error.__cause__
-
-
-def damage_in(folder: Path, root: Path | None = None) -> str | None:
-    """What of a published folder is not as it was, or None; unchanged files are not read again.
-
-    Args:
-        root: where hashes are kept; `cache_root()` if left out.
-    """
-    try:
-        files = artifact.read_manifest(folder)["files"]
-        for name, entry in files.items():
-            path = folder / name
-            if not path.is_file() or remembered_sha256(path, root) != entry["sha256"]:
-                return str(path)
-    except (CheckFailed, FileNotFoundError, KeyError, TypeError) as error:
-        return str(error)
-    return None
 
 
 def remembered_sha256(file: Path, root: Path | None = None) -> str:

@@ -62,9 +62,15 @@ def exit_code_of(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return Interrupted.exit_code
-    if isinstance(error, OSError) or _is_out_of_memory(error):
+    if is_of_the_system(error) or _is_out_of_memory(error):
         return CannotContinue.exit_code
     return 1
+
+
+def is_of_the_system(error: BaseException | None) -> bool:
+    """safetensors and tokenizers are written in Rust: theirs is no OSError, but quotes one."""
+    quotes = "(os error " in str(error) and not isinstance(error, FinetuneError)
+    return isinstance(error, OSError) or quotes
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

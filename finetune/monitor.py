@@ -153,6 +153,7 @@ class StepMetrics(TrainerCallback):
         seconds, self.started = time.monotonic() - self.started, time.monotonic()
         trainer = self.trainer
         self._write(
+            control.should_save,  # a checkpoint goes on from here: these lines are its own
             step=state.global_step,
             epoch=state.epoch,
             loss=trainer.step_loss,
@@ -167,8 +168,6 @@ class StepMetrics(TrainerCallback):
             done = " (skipped)" if trainer.ours.on_spike == "skip" else ""
             print(f"spike    step {state.global_step}{done}: {spike}", file=sys.stderr)
         self.progress.step(state.global_step, trainer.step_loss, trainer.step_num_tokens, seconds)
-        if control.should_save:
-            self._settle()  # a checkpoint goes on from here: these lines are its own
 
     def on_evaluate(
         self,
@@ -180,8 +179,8 @@ class StepMetrics(TrainerCallback):
     ) -> None:
         """Writes the held-out loss, once a step: a run that went on may have it already."""
         if state.global_step not in self.heldout_steps:
-            self._write(step=state.global_step, heldout_loss=metrics["eval_loss"])
-            self._settle()  # the last one comes after the last checkpoint
+            # The last one comes after the last checkpoint.
+            self._write(True, step=state.global_step, heldout_loss=metrics["eval_loss"])
         self.progress.heldout_loss = metrics["eval_loss"]
         self.started = time.monotonic()
 
@@ -197,19 +196,14 @@ class StepMetrics(TrainerCallback):
         if self.file is not None:
             self.file.close()
 
-    def _write(self, **values: Any) -> None:
+    def _write(self, to_disk: bool, **values: Any) -> None:
+        """A line; it and all before it outlive a power cut where `to_disk` says so."""
         assert self.file is not None, "training has begun"
         try:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
-        except OSError as error:
-            raise CannotContinue(f"{self.path}: could not be written: {error}") from error
-
-    def _settle(self) -> None:
-        """What was written so far outlives a power cut."""
-        assert self.file is not None, "training has begun"
-        try:
-            os.fsync(self.file.fileno())
+            if to_disk:
+                os.fsync(self.file.fileno())
         except OSError as error:
             raise CannotContinue(f"{self.path}: could not be written: {error}") from error
 

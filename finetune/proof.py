@@ -89,6 +89,7 @@ def prove(
     combined = CombinedByPeft(combination) if combination else None
     streams = _streams(run, base, folder, target, combined)
     dtype = str(streams[1].skeleton.dtype).removeprefix("torch.")
+    tolerance = TOLERANCES[dtype]
     weights = WeightCheck(base, streams[0].weights, streams[1].weights)
     run_layers(base, streams, rows, weights.layer)
     weights.outside_layers(streams[0].skeleton, streams[1].skeleton)
@@ -99,7 +100,7 @@ def prove(
         "rows": len(rows),
         **weights.as_json(),
         **logits.as_json([len(ids) for ids in rows]),
-        **_compare_text(run, folder, documents, combined),
+        **_compare_text(run, folder, documents, combined, tolerance.logit),
     }
     if from_trained:
         chosen, other = (max(float(d.kl().mean()), 0.0) for d in from_trained)
@@ -107,7 +108,7 @@ def prove(
         names = ("full", "dequantized") if target == "full" else ("dequantized", "full")
         result["kl_from_trained"] = dict(zip(names, (chosen, other), strict=True))
     decides_text = target == "full"
-    findings = _beyond(result, TOLERANCES[dtype], decides_text)
+    findings = _beyond(result, tolerance, decides_text)
     if findings:
         raise CheckFailed("the merge proof failed, nothing is published: " + "; ".join(findings))
     return {**result, "seconds": round(time.monotonic() - begun, 2)}
@@ -188,9 +189,17 @@ def _few(documents: Sequence[Document], base: Base) -> list[Document]:
 
 
 def _compare_text(
-    run: RunFolder, folder: Path, documents: Sequence[Document], combined: CombinedByPeft | None
+    run: RunFolder,
+    folder: Path,
+    documents: Sequence[Document],
+    combined: CombinedByPeft | None,
+    allowed: float,
 ) -> dict[str, Any]:
-    """Greedy text of both models, where they fit into memory together."""
+    """Greedy text of both models, where they fit into memory together.
+
+    Args:
+        allowed: how far logits may differ, relative to their spread.
+    """
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if 2 * num_bytes > TEXT_BYTES:
         why = "next tokens only: too large for greedy text"
@@ -206,7 +215,6 @@ def _compare_text(
     models = (attached, merged)
     texts = [list(continue_prompts(model, prompts, sampling)) for model in models]
     other = [(p, a, b) for p, a, b in zip(prompts, *texts, strict=True) if a != b]
-    allowed = TOLERANCES[str(merged.model.dtype).removeprefix("torch.")].logit
     ties = sum(_is_tie(models, *found, allowed) for found in other)
     same = len(prompts) - len(other)
     return {"text": "greedy", "prompts": len(prompts), "same_text": same, "ties": ties}

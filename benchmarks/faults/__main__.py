@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import errno
+import functools
 import shutil
 import sys
 import time
@@ -69,6 +70,7 @@ def run_all(folder: Path, step: int, kills: int, only: Sequence[str]) -> Iterato
     quiet = _place(folder / "quiet", train={"eval_steps": None})
     # In the last step a signal comes too late to stop the run.
     micro_batches = range(0, quiet.num_micro_batches_before_the_last_step, -(-step // 8))
+    undisturbed = functools.cache(lambda: sweeps.straight(quiet))
     long = _place(folder / "long", train=LONG)
     parts: list[Callable[[], sweeps.Outcome]] = [
         lambda: sweeps.killed(runs, expected, points),
@@ -77,8 +79,8 @@ def run_all(folder: Path, step: int, kills: int, only: Sequence[str]) -> Iterato
         lambda: disks.read_only(runs, expected, points),
         lambda: disks.full_at_byte(runs, expected, limits),
         lambda: sweeps.powerless(runs, expected, points),
-        lambda: signals.signalled(quiet, sweeps.straight(quiet), micro_batches),
-        lambda: signals.signalled_twice(quiet, sweeps.straight(quiet), step),
+        lambda: signals.signalled(quiet, undisturbed(), micro_batches),
+        lambda: signals.signalled_twice(quiet, undisturbed(), step),
         lambda: sweeps.killed_at_random(long, sweeps.straight(long), kills),
         lambda: corrupted(folder / "sound", folder / "damaged"),
     ]

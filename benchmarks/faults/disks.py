@@ -11,35 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.runs import Runs
-from benchmarks.faults.sweeps import Outcome, at_operation, sweep
+from benchmarks.faults.sweeps import Expected, Outcome, at_operation, sweep
 from finetune import checkpoint
-
-Expected = dict[str, Any]
 
 
 def refused(runs: Runs, expected: Expected, points: Iterable[int], number: int) -> Outcome:
     """The disk says `number` (ENOSPC, EIO) once, at each of these; the run ends with 4, or well."""
-
-    def fail(path: Path) -> None:
-        raise OSError(number, os.strerror(number), str(path))
-
     outcome = Outcome(f"{errno.errorcode[number]} at every file operation")
-    sweep(runs, expected, outcome, points, lambda n: at_operation(runs, n, fail), {0, 4})
+    at = _refusing(runs, number, and_after=False)
+    sweep(runs, expected, outcome, points, at, {0, 4})
     return outcome
 
 
 def read_only(runs: Runs, expected: Expected, points: Iterable[int]) -> Outcome:
     """From each of these on, the disk takes nothing any more, as one that was mounted anew does."""
+    outcome = Outcome("read-only from every file operation on")
+    sweep(runs, expected, outcome, points, _refusing(runs, errno.EROFS, and_after=True), {4})
+    return outcome
+
+
+def _refusing(runs: Runs, number: int, and_after: bool) -> Callable[[int], Callable[[], None]]:
+    """Point -> what prepares a copy for a disk that says `number` there."""
 
     def fail(path: Path) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        raise OSError(number, os.strerror(number), str(path))
 
-    def at(point: int) -> Callable[[], None]:
-        return at_operation(runs, point, fail, and_after=True)
-
-    outcome = Outcome("read-only from every file operation on")
-    sweep(runs, expected, outcome, points, at, {4})
-    return outcome
+    return lambda point: at_operation(runs, point, fail, and_after)
 
 
 def full_at_byte(runs: Runs, expected: Expected, limits: Iterable[int]) -> Outcome:

@@ -12,9 +12,7 @@ from typing import Any
 
 from benchmarks.faults.operations import Operations
 from benchmarks.faults.runs import Runs
-from benchmarks.faults.sweeps import Count, Outcome, sweep
-
-Expected = dict[str, Any]
+from benchmarks.faults.sweeps import Count, Expected, Outcome, sweep
 
 
 def signalled(runs: Runs, expected: Expected, points: Iterable[int]) -> Outcome:

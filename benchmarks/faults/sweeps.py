@@ -18,6 +18,7 @@ from benchmarks.faults.power import KINDS, Disk
 from benchmarks.faults.runs import Runs
 from finetune import artifact, checkpoint
 
+Expected = dict[str, Any]  # the result of the undisturbed run
 _CUT = 99  # the exit code of a copy whose power went
 
 
@@ -54,7 +55,7 @@ def straight(runs: Runs) -> dict[str, Any]:
     return results[0]
 
 
-def killed(runs: Runs, expected: dict[str, Any], points: Iterable[int]) -> Outcome:
+def killed(runs: Runs, expected: Expected, points: Iterable[int]) -> Outcome:
     """SIGKILL before each of these file operations."""
 
     def die(path: Path) -> None:
@@ -65,7 +66,7 @@ def killed(runs: Runs, expected: dict[str, Any], points: Iterable[int]) -> Outco
     return outcome
 
 
-def powerless(runs: Runs, expected: dict[str, Any], points: Iterable[int]) -> Outcome:
+def powerless(runs: Runs, expected: Expected, points: Iterable[int]) -> Outcome:
     """The power goes at each of these; what was not fsynced is lost in three ways."""
     outcome = Outcome("power lost at every file operation")
     root, images = runs.run.path.parent, runs.folder / "images"
@@ -115,7 +116,7 @@ def powerless(runs: Runs, expected: dict[str, Any], points: Iterable[int]) -> Ou
     return outcome
 
 
-def killed_at_random(runs: Runs, expected: dict[str, Any], kills: int) -> Outcome:
+def killed_at_random(runs: Runs, expected: Expected, kills: int) -> Outcome:
     """SIGKILL at random times, each on the run that goes on from the last, in as many chains as it
     takes; a chain ends with a run that is left alone."""
     outcome = Outcome("killed at random times, chained")
@@ -138,7 +139,7 @@ def killed_at_random(runs: Runs, expected: dict[str, Any], kills: int) -> Outcom
 
 def sweep(
     runs: Runs,
-    expected: dict[str, Any],
+    expected: Expected,
     outcome: Outcome,
     points: Iterable[int],
     at: Callable[[int], Callable[[], None]],
@@ -172,9 +173,7 @@ def _listed(runs: Runs) -> list[Path]:
     return checkpoint.list_checkpoints(runs.run.checkpoints)
 
 
-def _go_on(
-    runs: Runs, expected: dict[str, Any], where: str, outcome: Outcome, wrong: list[str]
-) -> None:
+def _go_on(runs: Runs, expected: Expected, where: str, outcome: Outcome, wrong: list[str]) -> None:
     """Nothing half is listed; started again, the run ends where the undisturbed one does."""
     wrong += [finding for path in _listed(runs) for finding in artifact.findings_of(path)]
     code = runs.attempt()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from finetune.artifact import refuse_special
 from finetune.errors import InputError
 
 TEXT_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
@@ -59,7 +60,8 @@ def find_files(path: str) -> list[Path]:
         return _data_files(path, sorted(_files_below(path)))
     if os.path.lexists(path):
         _refuse_unread(Path(path))
-        return _regular([Path(path)])
+        refuse_special(Path(path))
+        return [Path(path)]
     if not glob.has_magic(path):
         raise InputError(f"{path}: no such file (relative paths start at the current folder)")
     found = sorted(Path(p) for p in glob.glob(path, recursive=True) if not os.path.isdir(p))
@@ -99,14 +101,9 @@ def _data_files(path: str, found: Sequence[Path]) -> list[Path]:
     if not wanted:
         there = f"there are {_names(found)}" if found else "there is no file"
         raise InputError(f"{path}: holds no data file; {there}; read are {allowed_types()}")
-    return _regular(wanted)
-
-
-def _regular(files: list[Path]) -> list[Path]:
-    """The files, none of them a pipe or a device, which may never end."""
-    if special := [file for file in files if file.exists() and not file.is_file()]:
-        raise InputError(f"{special[0]}: is no regular file")
-    return files
+    for file in wanted:
+        refuse_special(file)
+    return wanted
 
 
 def _names(files: Sequence[Path]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from finetune.artifact import refuse_special
 from finetune.errors import InputError
 from finetune.files import json_rows, tables
 from finetune.files.encoding import (
@@ -64,8 +65,7 @@ def _refuse_unread(path: Path) -> None:
         raise InputError(f"{path}: no such file (relative paths start at the current folder)")
     if path.is_dir():
         raise InputError(f"{path}: is a folder, a file is needed")
-    if not path.is_file():
-        raise InputError(f"{path}: is no regular file")
+    refuse_special(path)
     if not is_read(path):
         kind = type_of(path) or "none"
         raise InputError(f"{path}: files of type {kind} are not read; read are {allowed_types()}")

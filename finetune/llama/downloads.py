@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finetune.artifact import refuse_special
 from finetune.errors import InputError
 
 _HEAD_BYTES = 512
@@ -21,8 +22,7 @@ def refuse_failed_download(path: Path) -> None:
     """
     if path.is_dir():
         raise InputError(f"{path}: is a folder, a file is needed")
-    if path.exists() and not path.is_file():  # a pipe or a device: it may never end
-        raise InputError(f"{path}: is no file that can be read to an end")
+    refuse_special(path)
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)

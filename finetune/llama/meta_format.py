@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import shutil
 import sys
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from finetune import artifact
-from finetune.cache import damage_in, kept_in_cache, remembered_sha256
+from finetune.cache import kept_in_cache, remembered_sha256
 from finetune.errors import CannotContinue, InputError
 from finetune.llama.architecture import to_llama_config
 from finetune.llama.hyperparameters import Architecture
@@ -110,8 +111,9 @@ def cached_import(source: Path, cache_root: Path, tokenizer: Path | None = None)
     files = [source / PARAMS, *read_checkpoint(source).shards, *_files_of(tokenizer)]
     digest = artifact.sha256_of_json([remembered_sha256(file, cache_root) for file in files])
     out = cache_root / f"{source.resolve().name}-{digest[:16]}"
-    if out.exists() and (damaged := damage_in(out, cache_root)):
-        print(f"base     {damaged}: is damaged; converted again", file=sys.stderr)
+    hash_of = functools.partial(remembered_sha256, root=cache_root)
+    if out.exists() and (findings := artifact.findings_of(out, hash_of)):
+        print(f"base     {out} is damaged; converted again. {findings[0]}", file=sys.stderr)
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             artifact.remove(out)
     if not out.exists():
