@@ -51,7 +51,7 @@ def remembered_sha256(file: Path, root: Path | None = None) -> str:
         return digest
     digest = artifact.sha256_of(file)
     if now - max(times) > _SETTLED_NS:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, CannotContinue):
             note.parent.mkdir(parents=True, exist_ok=True)
             artifact.write_json(note, {"bytes": stat.st_size, "sha256": digest})
     return digest

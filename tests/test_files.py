@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -289,11 +290,22 @@ def test_a_missing_file_a_folder_and_a_pipe_are_refused(tmp_path):
     assert findings_of(tmp_path / "pipe.jsonl") == [" is no regular file"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_file_without_permission_is_refused(file):
-    path = file("x.jsonl", TWO)
-    path.chmod(0)
-    assert findings_of(path) == [" cannot be read (Permission denied)"]
+@pytest.fixture
+def as_nobody():
+    """Root may read every file: then the test goes on as a user who may not."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(user)
+
+
+def test_a_file_without_permission_is_refused(as_nobody):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
+        path = Path(folder) / "x.jsonl"
+        path.write_bytes(TWO)
+        path.chmod(0)
+        assert findings_of(path) == [" cannot be read (Permission denied)"]
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.txt"])

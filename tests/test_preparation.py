@@ -164,6 +164,9 @@ def test_a_hash_is_remembered_once_the_file_is_settled(cache, tmp_path, monkeypa
     for content in ("", "[]", "{}", "{\x00"):
         note.write_text(content)
         assert preparation.remembered_sha256(file) == expected, "a note that says nothing"
+    note.unlink()
+    (note / "in its place").mkdir(parents=True)
+    assert preparation.remembered_sha256(file) == expected, "a note that cannot be written"
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(loaded, cache, tmp_path, monkeypatch):
