@@ -69,6 +69,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def witness(self) -> Path:
+        """What the trained model said at a few tokens, for what is loaded later."""
+        return self.path / "witness.safetensors"
+
+    @property
     def eval(self) -> Path:
         """Results of evaluations."""
         return self.path / "eval"
