@@ -81,8 +81,7 @@ LLAMA_CPP = 5e-3
 in float64, as above; measured 5.5e-4 (its keys and values are kept in f16). No adapter: 0.2."""
 
 SCORE_FORMULAS = 1e-12
-"""ROUGE-L, BLEU and chrF against their formulas, from 0 to 1, in float64; measured 1.1e-16. A word
-more or less: above 1e-2."""
+"""ROUGE-L, BLEU and chrF against their formulas, from 0 to 1, in float64; measured 1.1e-16."""
 
 PUBLISHED_SCORES = 1e-5
 """The same against the examples that rouge-score and sacrebleu publish, as far as their digits go;
