@@ -27,6 +27,7 @@ WEIGHTS = "trained.safetensors"
 OPTIMIZER = "optimizer"
 SCHEDULER = "scheduler.json"
 WATCH = "watch.json"  # what the rolling statistics of spikes have seen
+BEST = "best.json"  # what the held-out losses so far decide
 LATEST = "latest.json"
 _STEP = re.compile(r"step-[0-9]{6,12}")
 _TENSOR = "__tensor__"  # stands in JSON where a tensor was
@@ -88,13 +89,16 @@ def _set_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
-def prune(checkpoints: Path, keep: int, written: Path | None = None) -> None:
+def prune(
+    checkpoints: Path, keep: int, written: Path | None = None, protected: Path | None = None
+) -> None:
     """Removes what is older than the newest `keep` that verify; a damaged one does not count.
 
     Each is un-published before it is deleted.
 
     Args:
         written: one whose files this process has just hashed; they are not read again.
+        protected: one that stays, whatever its age.
     """
     existing = list_checkpoints(checkpoints)
     if len(existing) <= keep:  # nothing to remove, and so nothing to read
@@ -104,7 +108,8 @@ def prune(checkpoints: Path, keep: int, written: Path | None = None) -> None:
         newest = existing.pop()
         sound += newest == written or not artifact.findings_of(newest)
     for path in existing:
-        artifact.remove(path)
+        if path != protected:
+            artifact.remove(path)
 
 
 _MOMENTS = {"sgd": 0.0, "adamw_8bit": 0.5, "paged_adamw_8bit": 0.5}  # of the weights' bytes

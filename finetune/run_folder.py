@@ -16,7 +16,7 @@ from typing import Any
 from finetune.artifact import make_folder, read_json, remove, sweep, write_json, write_text
 from finetune.config import RunConfig
 from finetune.config.loader import Loaded, dump, read_run_config
-from finetune.drift import FREE, Change, changes_between, refused, remember
+from finetune.drift import Change, changes_between, free_settings, refused, remember
 from finetune.errors import InputError
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors")
@@ -110,11 +110,12 @@ def open_run(loaded: Loaded, allowed: Sequence[str] = ()) -> RunFolder:
     """
     run = run_of(loaded)
     if run.config_file.exists():
-        changes = changes_between(run.config(), loaded.config)
+        known = run.config()
+        changes = changes_between(known, loaded.config)
         if not changes:
             return run
         if not _never_began(run):
-            _take_over(run, changes, allowed)
+            _take_over(run, changes, allowed, free_settings(known, loaded.config))
         elif (run.path / "base").is_dir():  # random weights, of the other config
             remove(run.path / "base")
     make_folder(run.path)
@@ -122,15 +123,17 @@ def open_run(loaded: Loaded, allowed: Sequence[str] = ()) -> RunFolder:
     return run
 
 
-def _take_over(run: RunFolder, changes: Sequence[Change], allowed: Sequence[str]) -> None:
+def _take_over(
+    run: RunFolder, changes: Sequence[Change], allowed: Sequence[str], free: frozenset[str]
+) -> None:
     """Says and remembers the changes of a run that goes on, where they may be."""
-    if others := refused(changes, allowed):
+    if others := refused(changes, allowed, free):
         hint = (
             "choose another run.name, remove the folder, or allow what is meant: --allow-change KEY"
         )
         findings = [f"{run.path}: holds a run of another config; {hint}", *map(str, others)]
         raise InputError(findings)
-    acting = [change for change in changes if change.key in set(allowed) - FREE]
+    acting = [change for change in changes if change.key in set(allowed) - free]
     if acting and run.is_finished:
         raise InputError(
             f"{run.path}: is finished; a change of {', '.join(c.key for c in acting)} would train "

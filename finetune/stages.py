@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import set_seed
 
-from finetune import adapters, artifact, checkpoint, identity
+from finetune import adapters, artifact, checkpoint, identity, witness
 from finetune.batching import first_rows, steps_of
 from finetune.config import RunConfig
 from finetune.config.adapter import READS_DATA
@@ -195,6 +195,32 @@ def describe_steps(parts: Parts, plan: BatchPlan) -> str:
     return steps_of(parts.config, parts.data, plan).line()
 
 
+def warn_of_last_weights(config: RunConfig) -> None:
+    """Early stopping alone publishes the weights it stopped at, which are past the best."""
+    train = config.train
+    if train.early_stopping_patience is not None and not train.load_best_model_at_end:
+        _say(
+            "warning: train.early_stopping_patience without train.load_best_model_at_end: the last "
+            "weights are published, not the best"
+        )
+
+
+def notes_on_the_end(trainer: OurSeams) -> list[str]:
+    """An early stop, and a held-out loss that training did not improve."""
+    if trainer.last_heldout is None:
+        return []
+    return trainer.best.notes(trainer.step_of_weights, trainer.last_heldout[1].loss)
+
+
+def keep_witness(run: RunFolder, trainer: OurSeams, first: bool) -> None:
+    """What the model to be published says now, for comparison with what is loaded from disk."""
+    if first:
+        documents = trainer.ours.heldout or trainer.ours.train
+        model: Any = trainer.model
+        rows = witness.choose(documents, model.config.vocab_size)
+        witness.keep(run.witness, model, rows, trainer.args.device)
+
+
 def publish(run: RunFolder, base: Base, trainer: OurSeams, first: bool) -> None:
     """Writes the trained adapter, or the trained model, with a manifest that names its base."""
     if first:
@@ -209,7 +235,7 @@ def publish(run: RunFolder, base: Base, trainer: OurSeams, first: bool) -> None:
             "base_revision": base.revision,
             # of the files as they were when the run started, whatever has become of them since
             **base.identity(known["base_fingerprint"]).facts(),
-            "step": trainer.state.global_step,
+            "step": trainer.step_of_weights,
             "heldout_loss": trainer.last_heldout[1].loss if trainer.last_heldout else None,
         }
         with artifact.staged(target, facts) as stage:

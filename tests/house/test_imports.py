@@ -21,7 +21,8 @@ from source_files import (
 LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
-    " pages llama.presets ngrams mojibake hashing copies comparison scorers",
+    " pages llama.presets ngrams mojibake hashing copies comparison scorers best collectives"
+    " trackers",
     "config overlap cache",
     "methods identity starts layer_merge rank_schedule drift watchdog",
     "llama fast run_folder ledger suspicion hub",
@@ -38,9 +39,9 @@ LINES = (
     "batching tokens excerpts skeleton sliding tasks",
     "summary merging proof_layers proof_weights",
     "checkpoint heldout preview inspection proof_combined",
-    "trainer inference witness",
-    "recipes monitor proof exports answers",
-    "scoring",
+    "evaluation inference witness",
+    "trainer answers",
+    "recipes monitor proof exports scoring",
     "stages resume",
     "train generate merge export report doctor verify train_tokenizer scoreboard subject",
     "eval",
@@ -54,7 +55,11 @@ ALLOWED_UPWARDS = {("train", "smoke")}
 
 LIGHT = {"errors", "artifact", "cache", "config", "run_folder", "files", "shapes", "ledger"}
 LIGHT |= {"plan", "ngrams", "overlap", "suspicion", "mojibake", "prepared", "mixture", "report"}
+<<<<<<< HEAD
 LIGHT |= {"pages", "methods", "drift", "comparison", "scorers"}
+=======
+LIGHT |= {"pages", "methods", "drift", "comparison", "best", "trackers"}
+>>>>>>> best
 WITHOUT_TORCH = sorted(LIGHT | {name for name in LEVELS if name.startswith("llama.")})
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
 
