@@ -249,7 +249,7 @@ def probe(opened: Opened, path: Path) -> Scores:
     return Scores(opened.name, None, {"exact_match": scores})
 
 
-def _probe_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+def _probe_rows(path: Path) -> Sequence[tuple[str, Mapping[str, Any]]]:
     rows = [(row.where, row.columns) for row in read_rows(path)]
     findings = [
         f"{where}: {key} is not text; a probe's row has prompt and answer"

@@ -172,13 +172,13 @@ def _text(row: Mapping[str, Any], name: str) -> str:
 
 
 def _choices(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    value = row.get(name)
     if name not in row:
         raise ValueError(f"no column {name}; there are {', '.join(sorted(row))}")
-    is_list = isinstance(value, (list, tuple)) and all(isinstance(c, str) for c in value)
-    if not is_list or len(set(value)) != len(value) or len(value) < 2 or "" in value:  # type: ignore[arg-type]
+    value = row[name]
+    texts = [c for c in value if isinstance(c, str) and c] if isinstance(value, list) else []
+    if len(texts) < 2 or len(texts) < len(value) or len(set(texts)) < len(texts):
         raise ValueError(f"column {name}: needs a list of two or more texts that differ")
-    return tuple(value)  # type: ignore[arg-type]
+    return tuple(texts)
 
 
 def _expected(row: Mapping[str, Any], name: str, choices: tuple[str, ...]) -> tuple[str, ...]:

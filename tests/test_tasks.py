@@ -232,7 +232,7 @@ class TestEval:
     def test_sources_and_turns_add_up(self, bench, capsys, tmp_path):
         rows = [r for r in embedded_rows("train", 400) if len(r["messages"]) > 2][:3]
         more = write_rows(tmp_path / "more.jsonl", [*rows, *embedded_rows("heldout", 2)])
-        run = bench.train(f"data.heldout=[{bench.heldout_file}, {more}]", "data.on_overlap=warn")
+        run = bench.train(f"data.heldout=[{bench.heldout_file}, {more}]", "data.on_overlap=allow")
         code, found = evaluate(capsys, run.path)
         assert code == 0
         for groups in (found["by_source"], found["by_turn"]):

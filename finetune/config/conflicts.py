@@ -104,14 +104,14 @@ DEPENDENCES = (
     Dependence(
         "eval",
         ("tasks",),
-        lambda config: config.recipe != "pretrain",
+        lambda config: config.recipe != "pretrain" or any(t.prompt for t in config.eval.tasks),
         "recipe",
-        "on plain text (recipe: pretrain)",
+        "on plain text (recipe: pretrain), where a task brings its own data and prompt",
     ),
     Dependence(
         "eval",
         ("max_new_tokens",),
-        lambda config: bool(config.eval.tasks) and config.recipe != "pretrain",
+        lambda config: any(task.generates for task in config.eval.tasks),
         "eval.tasks",
         "without a task that generates text (eval.tasks: exact_match)",
     ),

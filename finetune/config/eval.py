@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from finetune.config.section import Section
 from finetune.config.task import Tasks
@@ -22,10 +22,3 @@ class EvalSection(Section):
     tasks: Tasks = ()
     """Questions asked beside the loss: names of scorers, which ask the held-out rows, or mappings
     {name, scorer, data, prompt, answer, …}."""
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> EvalSection:
-        names = [task.name for task in self.tasks]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"tasks: {', '.join(twice)} is there twice; each name once")
-        return self

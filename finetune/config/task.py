@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 
 from finetune.config.section import Section, Text, as_tuple
 from finetune.errors import InputError
@@ -157,4 +157,13 @@ def _as_tasks(value: Any) -> Any:
     return tuple({"name": t, "scorer": t} if isinstance(t, str) else t for t in tasks)
 
 
-Tasks = Annotated[tuple[Task, ...], BeforeValidator(_as_tasks)]
+def _named_once(tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+    names = [task.name for task in tasks]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(twice)} is there twice; each name stands once")
+    if "loss" in names:
+        raise ValueError("a task may not be called loss; the held-out loss is")
+    return tasks
+
+
+Tasks = Annotated[tuple[Task, ...], BeforeValidator(_as_tasks), AfterValidator(_named_once)]

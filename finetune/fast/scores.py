@@ -53,12 +53,13 @@ def token_scores(model: torch.nn.Module, packed: Packed) -> TokenScores:
 @contextlib.contextmanager
 def _scoring_head(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
     """While it lasts, the head returns (1, supervised, 2): loss and hit, in place of logits."""
-    head: Any = getattr(model, "module", model).get_output_embeddings()
+    bare: Any = getattr(model, "module", model)
+    head: Any = bare.get_output_embeddings()
     logits_of = head.forward
+    size = max(NUM_LOGITS // bare.config.vocab_size, 1)
     was_set = "forward" in vars(head)
 
     def scores_of(hidden: torch.Tensor) -> torch.Tensor:
-        size = max(NUM_LOGITS // getattr(model, "module", model).config.vocab_size, 1)
         blocks = zip(hidden[0].split(size), targets.split(size), strict=True)
         scored = [_scored(logits_of(states), ids) for states, ids in blocks]
         return torch.cat(scored).unsqueeze(0)

@@ -55,11 +55,7 @@ ALLOWED_UPWARDS = {("train", "smoke")}
 
 LIGHT = {"errors", "artifact", "cache", "config", "run_folder", "files", "shapes", "ledger"}
 LIGHT |= {"plan", "ngrams", "overlap", "suspicion", "mojibake", "prepared", "mixture", "report"}
-<<<<<<< HEAD
-LIGHT |= {"pages", "methods", "drift", "comparison", "scorers"}
-=======
-LIGHT |= {"pages", "methods", "drift", "comparison", "best", "trackers"}
->>>>>>> best
+LIGHT |= {"pages", "methods", "drift", "comparison", "scorers", "best", "trackers"}
 WITHOUT_TORCH = sorted(LIGHT | {name for name in LEVELS if name.startswith("llama.")})
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
 
