@@ -21,7 +21,7 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer, TrainerControl
 
 from finetune import checkpoint
-from finetune.artifact import Place, make_folder, read_json, staged, write_json
+from finetune.artifact import Place, make_folder, staged, write_json
 from finetune.errors import CannotContinue
 from finetune.fast.loss import IGNORED, Packed, token_losses
 from finetune.heldout import HeldoutLoss, document_losses, score_rows, total_of
@@ -253,18 +253,19 @@ class OurSeams(Trainer):
             if self.ours.ranks is not None:
                 self.ours.ranks.save(stage)
             write_json(stage / checkpoint.WATCH, self.spikes.state())
-            self.state.save_to_json(str(stage / "trainer_state.json"))
+            self.state.save_to_json(str(stage / checkpoint.TRAINER_STATE))
         checkpoint.write_latest(self.ours.checkpoints, step)
         checkpoint.prune(self.ours.checkpoints, self.ours.save_total_limit, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint.refuse_other_state(Path(resume_from_checkpoint))
         checkpoint.load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
         if checkpoint_path is not None:
             checkpoint.load_optimizer(self.optimizer, Path(checkpoint_path))
             checkpoint.load_scheduler(self.lr_scheduler, Path(checkpoint_path))
-            self.spikes.restore(read_json(Path(checkpoint_path) / checkpoint.WATCH))
+            self.spikes.load(Path(checkpoint_path) / checkpoint.WATCH)
             if self.ours.ranks is not None:
                 self.ours.ranks.load(Path(checkpoint_path))
 

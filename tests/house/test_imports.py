@@ -22,10 +22,10 @@ LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
     " pages llama.presets ngrams mojibake hashing copies comparison",
-    "config overlap cache",
+    "config overlap cache adapter_settings state_files",
     "methods identity starts layer_merge rank_schedule drift watchdog",
     "llama fast run_folder ledger suspicion hub",
-    "data_starts",
+    "data_starts revisions",
     "adapters",
     "files",
     "shapes",
