@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -115,7 +116,7 @@ def download_dataset(hub_id: str, split: str, revision: str | None, root: Path) 
     file = root / "datasets" / f"{name}-{rows._fingerprint}.parquet"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
+        temporary = file.with_name(f".{file.name}.tmp-{secrets.token_hex(4)}")
         rows.to_parquet(str(temporary))
         os.replace(temporary, file)
     return file

@@ -264,7 +264,7 @@ def check_trainer_state(saved: Any, step: int) -> None:
         _need(saved.get(key) is None or _is_number(saved[key]), f"{key} is no number")
     for key in ("best_model_checkpoint", "trial_name"):
         _need(isinstance(saved.get(key), _TEXT), f"{key} is no text")
-    history = saved.get("log_history") or []
+    history = saved.get("log_history", [])
     _need(isinstance(history, list), "log_history is no list")
     _need(all(isinstance(line, dict) for line in history), "log_history has other than objects")
-    _need(isinstance(saved.get("stateful_callbacks") or {}, dict), "no stateful_callbacks")
+    _need(isinstance(saved.get("stateful_callbacks", {}), dict), "no stateful_callbacks")

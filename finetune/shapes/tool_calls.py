@@ -108,7 +108,8 @@ def read_tools(value: Any) -> tuple[Any, ...]:
 
 
 def _refuse_no_json(value: Any, place: str) -> None:
-    """Tables hold dates, decimals and bytes as well; JSON, which the model reads, has none."""
+    """Tables hold dates, decimals and bytes as well; which text of them the model should read is
+    not guessed."""
     if isinstance(value, dict):
         for key, inner in value.items():
             _refuse_no_json(inner, f"{place}.{key}")
