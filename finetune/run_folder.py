@@ -89,8 +89,15 @@ class RunFolder:
         return read_run_config(self.path)
 
     def state(self) -> dict[str, Any]:
-        """run.json, or nothing for a run that never started."""
-        return read_json(self.state_file) if self.state_file.exists() else {}
+        """run.json, or nothing for a run that never started.
+
+        Raises:
+            InputError: it is not what `write_state` wrote.
+        """
+        state = read_json(self.state_file) if self.state_file.exists() else {}
+        if not isinstance(state, dict):
+            raise InputError(f"{self.state_file}: holds {type(state).__name__}, no JSON object")
+        return state
 
     def recorded_commit(self, hub_id: str) -> str | None:
         """The commit of a base on the hub that the run began with; None before its first start."""

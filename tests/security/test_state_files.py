@@ -7,7 +7,6 @@ steps, the generators draw, the schedule moves, transformers writes its state ag
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import random
 import shutil
@@ -15,13 +14,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
-from small_runs import republish
+from small_runs import Bench, republish
 from test_canaries import start_again
 from transformers import TrainerState, get_scheduler
 
 from finetune import artifact, checkpoint
 from finetune.errors import CheckFailed, FinetuneError
+from finetune.run_folder import RunFolder
 from finetune.state_files import MAX_DEPTH, read_state
 from finetune.watchdog import SpikeWatch
 
@@ -33,7 +34,7 @@ VALUES = (
     *(None, True, -1, 0, 1, 3, 625, 1 << 33, 1 << 70, -(1 << 63), 0.5, 1e308, float("nan")),
     *(float("inf"), "", "x", "1", [], [0], [[]], {}, {"a": 1}, DEEP, [0] * 5000),
     *({"__tensor__": "nowhere"}, {"__tensor__": [1]}, {"__tensor__": None}),
-    {"__tensor__": "state/0/exp_avg"},
+    *({"__tensor__": f"state/state/{name}"} for name in ("0/exp_avg", "1/exp_avg", "2/step")),
 )
 
 
@@ -245,26 +246,42 @@ class TestInARun:
         ended([0, 2, 3], *argv)
 
 
-def test_adaloras_scores_are_looked_at_too(bench, ended):
-    settings = (
-        "adapter={method: adalora, init_r: 4, target_r: 2, tinit: 1, tfinal: 1, deltaT: 1}",
-    )
-    settings += ("train.save_steps=2", "train.max_steps=5")
-    whole = bench.train(*settings)
-    for change in (
-        lambda f: (f / "ranks.json").write_text('{"rank_pattern": {"x": [true]}}'),
-        lambda f: (f / "ranks.json").write_text('{"rank_pattern": 3}'),
-        lambda f: (f / "ranks.json").write_text("[]"),
-        lambda f: save_file({"ipt/x": torch.zeros(1)}, f / "rank_scores.safetensors"),
-    ):
-        run = dataclasses.replace(whole, path=bench.folder / "runs" / "again")
-        shutil.copytree(whole.path, run.path)
-        text = run.config_file.read_text()
-        run.config_file.write_text(text.replace("small", "again"))
-        start = start_again(bench, run)
-        for folder in run.checkpoints.glob("step-*"):
-            change(folder)
-            republish(folder)
-        said = ended(3, *start[:2], *settings, "run.name=again")
-        assert "is not what training writes" in said
-        shutil.rmtree(run.path)
+def _with_ranks(pattern):
+    return lambda folder: (folder / "ranks.json").write_text(json.dumps(pattern))
+
+
+def _with_scores(scores):
+    return lambda folder: save_file(scores, folder / "rank_scores.safetensors")
+
+
+@pytest.fixture(scope="module")
+def adalora_bench(tmp_path_factory, small_base):
+    """A run of AdaLoRA whose last two steps can be made again."""
+    bench = Bench(tmp_path_factory.mktemp("adalora"), small_base)
+    values = yaml.safe_load(bench.config_file.read_text())
+    values["adapter"] = {"method": "adalora", "init_r": 4, "target_r": 2, "tfinal": 1}
+    bench.config_file.write_text(yaml.safe_dump(values))
+    shutil.rmtree(bench.train("train.save_steps=2").checkpoints / "step-000004")
+    return bench
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda folder: None, 0),
+        (_with_ranks({"rank_pattern": {"x": [True]}}), 3),
+        (_with_ranks({"rank_pattern": 3}), 3),
+        (_with_ranks([]), 3),
+        (_with_scores({"ipt/x": torch.zeros(1)}), 3),
+        (_with_scores({}), 0),  # as before the first score
+    ],
+)
+def test_adaloras_scores_are_looked_at_too(adalora_bench, tmp_path, ended, change, code):
+    whole = adalora_bench.run_folder()
+    run = RunFolder(shutil.copytree(whole.path, tmp_path / "runs" / "small"))
+    text = run.config_file.read_text()
+    run.config_file.write_text(text.replace(str(whole.path.parent), str(run.path.parent)))
+    change(run.checkpoints / "step-000002")
+    republish(run.checkpoints / "step-000002")
+    said = ended(code, *start_again(adalora_bench, run))
+    assert ("is not what training writes" in said) == (code == 3)
