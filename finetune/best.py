@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from finetune.state_files import as_written, is_count, is_number, read_state
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,24 @@ class BestWatch:
             "num_without_improvement": self.num_without_improvement,
             "best_is_kept": self.rules.load_best_model_at_end,
         }
+
+    def load(self, path: Path) -> None:
+        """Goes on from a checkpoint's file.
+
+        Raises:
+            CheckFailed: it holds something else.
+        """
+        state = read_state(path)
+        with as_written(path):
+            for name in ("last_step", "best_step", "num_tokens", "num_without_improvement"):
+                if state[name] is not None and not is_count(state[name]):
+                    raise ValueError(f"{name} is no count")
+            for name in ("start_loss", "best_loss"):
+                if state[name] is not None and not is_number(state[name]):
+                    raise ValueError(f"{name} is no number")
+            if type(state["best_is_kept"]) is not bool:
+                raise ValueError("best_is_kept is neither true nor false")
+            self.restore(state)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint's state.

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from peft.optimizers import create_loraplus_optimizer
 
 from finetune import checkpoint
-from finetune.artifact import Place, make_folder, read_json, staged, write_json
+from finetune.artifact import Place, make_folder, staged, write_json
 from finetune.best import BestWatch, Rules
 from finetune.collectives import gather_objects, sum_over_ranks
 from finetune.errors import CannotContinue
@@ -247,22 +247,23 @@ class OurSeams(EvaluationSeam):
                 self.ours.ranks.save(stage)
             write_json(stage / checkpoint.WATCH, self.spikes.state())
             write_json(stage / checkpoint.BEST, self.best.state())
-            self.state.save_to_json(str(stage / "trainer_state.json"))
+            self.state.save_to_json(str(stage / checkpoint.TRAINER_STATE))
         checkpoint.write_latest(self.ours.checkpoints, step)
         keep, best = self.ours.save_total_limit, self.best.protected_step
         protected = None if best is None else checkpoint.step_folder(folder.parent, best)
         checkpoint.prune(folder.parent, keep, folder, protected)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint.refuse_other_state(Path(resume_from_checkpoint))
         checkpoint.load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
         if checkpoint_path is not None:
             checkpoint.load_optimizer(self.optimizer, Path(checkpoint_path))
             checkpoint.load_scheduler(self.lr_scheduler, Path(checkpoint_path))
-            self.spikes.restore(read_json(Path(checkpoint_path) / checkpoint.WATCH))
+            self.spikes.load(Path(checkpoint_path) / checkpoint.WATCH)
             if (Path(checkpoint_path) / checkpoint.BEST).exists():  # not in those of old versions
-                self.best.restore(read_json(Path(checkpoint_path) / checkpoint.BEST))
+                self.best.load(Path(checkpoint_path) / checkpoint.BEST)
             if self.ours.ranks is not None:
                 self.ours.ranks.load(Path(checkpoint_path))
 

@@ -21,12 +21,12 @@ from source_files import (
 LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
-    " pages llama.presets ngrams mojibake hashing copies comparison scorers best collectives"
-    " trackers",
-    "config overlap cache",
+    " pages llama.presets ngrams mojibake hashing copies comparison scorers collectives trackers",
+    "config overlap cache adapter_settings state_files",
+    "best",
     "methods identity starts layer_merge rank_schedule drift watchdog",
     "llama fast run_folder ledger suspicion hub",
-    "data_starts",
+    "data_starts revisions",
     "adapters",
     "files",
     "shapes",
