@@ -169,8 +169,8 @@ class TestWhatARunWrites:
         run = bench.train("train.max_steps=6", "train.eval_steps=3", "train.save_steps=3")
         lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
         held = {line["step"]: line["heldout_loss"] for line in lines if "heldout_loss" in line}
-        assert list(held) == [3, 6]
-        assert len(lines) == 8, "each once"
+        assert list(held) == [0, 3, 6]
+        assert len(lines) == 9, "each once"
         facts = artifact.read_manifest(run.adapter)["facts"]
         assert facts["heldout_loss"] == held[6] != held[3]
         trainer = trainer_of(bench.load("run.name=other"))
