@@ -21,7 +21,7 @@ from source_files import (
 LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
-    " pages llama.presets ngrams mojibake hashing copies comparison",
+    " pages llama.presets ngrams mojibake hashing copies comparison sharing",
     "config overlap cache",
     "methods identity starts layer_merge rank_schedule drift watchdog",
     "llama fast run_folder ledger suspicion hub",
@@ -39,7 +39,7 @@ LINES = (
     "summary merging proof_layers proof_weights",
     "checkpoint heldout preview inspection proof_combined",
     "trainer inference",
-    "recipes monitor scoring proof exports",
+    "recipes monitor scoring proof exports reports",
     "stages resume",
     "train generate merge export report doctor verify train_tokenizer scoreboard",
     "eval",
@@ -53,7 +53,7 @@ ALLOWED_UPWARDS = {("train", "smoke")}
 
 LIGHT = {"errors", "artifact", "cache", "config", "run_folder", "files", "shapes", "ledger"}
 LIGHT |= {"plan", "ngrams", "overlap", "suspicion", "mojibake", "prepared", "mixture", "report"}
-LIGHT |= {"pages", "methods", "drift", "comparison"}
+LIGHT |= {"pages", "methods", "drift", "comparison", "sharing", "reports"}
 WITHOUT_TORCH = sorted(LIGHT | {name for name in LEVELS if name.startswith("llama.")})
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
 
