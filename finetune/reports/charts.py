@@ -292,7 +292,7 @@ def _for_page(svg: str, name: str, title: str, description: str) -> str:
     used = set(_USED.findall(inner))
     inner = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", inner)
     inner = _ID.sub(rf"\g<1>{name}-", inner)
-    inner = re.sub(r"(font: [^']*?)'[^;\"]*", rf"\1{_FONT}", inner)
+    inner = re.sub(r"(font: [^';\"]*|font-family: )'[^;\"]*", rf"\g<1>{_FONT}", inner)
     for colour, variable in _VARIABLES.items():
         inner = inner.replace(colour, variable)
     inner = re.sub(r">\s+<", "><", inner).strip()

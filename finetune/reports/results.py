@@ -143,7 +143,7 @@ def _result(
     path: Path, found: Mapping[str, Any], models: tuple[ModelScores, ...], problems: Problems
 ) -> Result:
     compared = mapping(found.get("compared"))
-    data, created = text(found.get("data")), text(found.get("created"))
+    data, created = text(found.get("data") or found.get("text")), text(found.get("created"))
     return Result(
         name=shared_text(path.stem),
         data=shared_text(data) if data else None,

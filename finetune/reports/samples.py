@@ -98,7 +98,7 @@ def read_samples(
         answers: dict[str, list[dict[str, Any]]] = {}
         for model in models:
             file = _answers_file(result, task, model)
-            if file is not None and file.is_file():
+            if file is not None:
                 answers[model.name] = list(read_lines(file, problems))
         if answers.get(models[0].name):
             found[task] = _choose(models[0].name, answers)
@@ -113,24 +113,17 @@ def _answers_file(result: Path, task: str, model: ModelScores) -> Path | None:
     name = score.answers_file or f"answers/{result.stem}.{task}.{model.name}.jsonl"
     try:
         file, folder = (result.parent / name).resolve(), result.parent.resolve()
-    except (OSError, ValueError):
+        return file if file.is_relative_to(folder) and file.is_file() else None
+    except (OSError, ValueError):  # no name that a file can have
         return None
-    return file if file.is_relative_to(folder) else None
 
 
 def _choose(first: str, answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Samples:
     lines = answers[first]
     others = {name: _by_place(given) for name, given in answers.items() if name != first}
     keys = list(_keys(lines))
-    right = [_is_right(line) for line in lines]
-    base = others.get("base")
-    rules: list[tuple[str, list[int]]] = [("one of the first rows", list(range(len(lines))))]
-    if base is not None:
-        helped = [
-            i for i, key in enumerate(keys) if right[i] and key in base and not _is_right(base[key])
-        ]
-        rules.append((f"{first} right, base wrong", helped))
-    rules.append((f"{first} wrong", [i for i, is_right in enumerate(right) if not is_right]))
+    base = [others["base"].get(key) for key in keys] if "base" in others else []
+    rules = [("one of the first rows", list(range(len(lines)))), *_rules(first, lines, base)]
     chosen: dict[int, str] = {}
     for why, fitting in rules:
         free = [i for i in fitting if i not in chosen]
@@ -138,6 +131,26 @@ def _choose(first: str, answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> S
             chosen[i] = why
     samples = (_sample(first, lines[i], keys[i], others, why) for i, why in chosen.items())
     return Samples(tuple(samples), len(lines), {why: len(fitting) for why, fitting in rules[1:]})
+
+
+def _rules(
+    first: str, lines: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any] | None]
+) -> Iterator[tuple[str, list[int]]]:
+    """Rows that speak for the model, then rows that speak against it.
+
+    Args:
+        base: the base's line for each line; empty where it has none.
+    """
+    scores = [number(line.get("score")) or 0.0 for line in lines]
+    theirs = [None if line is None else number(line.get("score")) or 0.0 for line in base]
+    if {*scores, *theirs} <= {0.0, FULL_MARKS, None}:
+        for_it, against_it = f"{first} right, base wrong", f"{first} wrong"
+    else:
+        for_it, against_it = f"{first} scores higher than base", f"{first} below full marks"
+    if theirs:
+        pairs = enumerate(zip(scores, theirs, strict=True))
+        yield for_it, [i for i, (ours, other) in pairs if other is not None and ours > other]
+    yield against_it, [i for i, ours in enumerate(scores) if ours < FULL_MARKS]
 
 
 def _spread(rows: Sequence[int]) -> list[int]:
@@ -158,11 +171,6 @@ def _keys(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, int]]:
 
 def _by_place(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:
     return dict(zip(_keys(lines), lines, strict=True))
-
-
-def _is_right(line: Mapping[str, Any]) -> bool:
-    score = number(line.get("score"))
-    return score is not None and score >= FULL_MARKS
 
 
 def _sample(

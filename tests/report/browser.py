@@ -1,4 +1,4 @@
-"""A real browser over a pipe: what it shows of a page, says in its console and asks the network for.
+"""A real browser over a pipe: what it shows of a page, what it complains of, what it asks for.
 
 The Chrome DevTools protocol: JSON messages with a zero byte at their end, on the descriptors 3 and
 4 of the browser's process.
