@@ -18,7 +18,7 @@ DEMO := configs/lora_nano.yaml
 DEMO_RUN := runs/lora_nano
 NANO := assets/llama-nano
 
-.PHONY: help setup demo train eval merge compare faults test test-slow check format clean
+.PHONY: help setup demo train eval merge compare faults test test-slow check sbom format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,10 @@ check: $(STAMP)  ## format, lint, types, the rules of the house, every config: u
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m pytest -q tests/house
+
+sbom: $(STAMP)  ## build/sbom.json: every installed package, its version, licence and source
+	mkdir -p build
+	$(PY) -m pip inspect --local > build/sbom.json
 
 format: $(STAMP)  ## formats and sorts imports in place
 	$(PY) -m ruff format .

@@ -199,7 +199,7 @@ def load_adapter(
             missing, unexpected or of another shape.
     """
     verified_facts(folder, base)
-    with settings_of(folder):
+    with settings_of(folder, [name for name, _ in model.named_modules()]):
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)

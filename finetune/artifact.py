@@ -54,11 +54,16 @@ def _json_text(value: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Replaces a text file in one step."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Replaces a file in one step: a reader sees the old content or the new, never half."""
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

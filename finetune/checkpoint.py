@@ -19,14 +19,24 @@ import torch
 from safetensors.torch import save_file
 
 from finetune import artifact
-from finetune.artifact import read_json, write_json
+from finetune.artifact import write_json
 from finetune.errors import CannotContinue, CheckFailed, InputError
 from finetune.llama.weight_files import tensors_in
+from finetune.state_files import (
+    as_written,
+    check_generators,
+    check_trainer_state,
+    optimizer_state,
+    read_state,
+    schedule_counts,
+)
 
 WEIGHTS = "trained.safetensors"
 OPTIMIZER = "optimizer"
 SCHEDULER = "scheduler.json"
 WATCH = "watch.json"  # what the rolling statistics of spikes have seen
+BEST = "best.json"  # what the held-out losses so far decide
+TRAINER_STATE = "trainer_state.json"  # transformers' own name
 LATEST = "latest.json"
 _STEP = re.compile(r"step-[0-9]{6,12}")
 _TENSOR = "__tensor__"  # stands in JSON where a tensor was
@@ -88,13 +98,16 @@ def _set_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
-def prune(checkpoints: Path, keep: int, written: Path | None = None) -> None:
+def prune(
+    checkpoints: Path, keep: int, written: Path | None = None, protected: Path | None = None
+) -> None:
     """Removes what is older than the newest `keep` that verify; a damaged one does not count.
 
     Each is un-published before it is deleted.
 
     Args:
         written: one whose files this process has just hashed; they are not read again.
+        protected: one that stays, whatever its age.
     """
     existing = list_checkpoints(checkpoints)
     if len(existing) <= keep:  # nothing to remove, and so nothing to read
@@ -104,7 +117,8 @@ def prune(checkpoints: Path, keep: int, written: Path | None = None) -> None:
         newest = existing.pop()
         sound += newest == written or not artifact.findings_of(newest)
     for path in existing:
-        artifact.remove(path)
+        if path != protected:
+            artifact.remove(path)
 
 
 _MOMENTS = {"sgd": 0.0, "adamw_8bit": 0.5, "paged_adamw_8bit": 0.5}  # of the weights' bytes
@@ -187,14 +201,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Puts the moments back; rates, decay and the like stay those of the config.
 
     They are the same numbers unless a setting was changed on purpose, and then it is to act.
+
+    Raises:
+        CheckFailed: a state that this optimizer cannot have.
     """
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    tensors = tensors_in(folder / f"{OPTIMIZER}.safetensors")
-    state = _with_tensors(read_json(folder / f"{OPTIMIZER}.json"), tensors)
-    state["state"] = {int(index): entries for index, entries in state["state"].items()}
-    optimizer.load_state_dict(state)
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update(values)
+    path = folder / f"{OPTIMIZER}.json"
+    tensors, saved = tensors_in(path.with_suffix(".safetensors")), read_state(path)
+    with as_written(path):
+        optimizer.load_state_dict(optimizer_state(_with_tensors(saved, tensors), optimizer))
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -225,12 +239,17 @@ def save_scheduler(scheduler: Any, folder: Path) -> None:
 
 
 def load_scheduler(scheduler: Any, folder: Path) -> None:
-    """Puts the schedule where it was, with the config's own peak rates, and the rates with it."""
-    peaks = scheduler.base_lrs
-    scheduler.load_state_dict(read_json(folder / SCHEDULER))
-    scheduler.base_lrs = peaks
+    """Puts the schedule where it was, with the config's own peak rates, and the rates with it.
+
+    Raises:
+        CheckFailed: no place in a schedule.
+    """
+    path = folder / SCHEDULER
+    saved = read_state(path)
+    with as_written(path):
+        scheduler.last_epoch, scheduler._step_count = schedule_counts(saved)
     shares = [share(scheduler.last_epoch) for share in scheduler.lr_lambdas]
-    rates = [peak * share for peak, share in zip(peaks, shares, strict=True)]
+    rates = [peak * share for peak, share in zip(scheduler.base_lrs, shares, strict=True)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates
@@ -249,7 +268,12 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Puts generators back where `rng_state` found them."""
+    """Puts generators back where `rng_state` found them.
+
+    Raises:
+        ValueError, TypeError, LookupError, RuntimeError: no states of generators.
+    """
+    check_generators(state)
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
@@ -268,12 +292,26 @@ def load_rng(folder: Path, rank: int) -> None:
     """Restores the generators of this rank.
 
     Raises:
-        CheckFailed: the checkpoint was written by fewer ranks.
+        CheckFailed: the checkpoint was written by fewer ranks, or holds no such states.
     """
-    states = read_json(folder / "rng.json")
-    if rank >= len(states):
+    path = folder / "rng.json"
+    states = read_state(path)
+    if isinstance(states, list) and rank >= len(states):
         raise CheckFailed(f"{folder}: was written by {len(states)} ranks; rank {rank} has no state")
-    restore_rng(states[rank])
+    with as_written(path):
+        restore_rng(states[rank])
+
+
+def refuse_other_state(folder: Path) -> None:
+    """Looks at what transformers reads by itself.
+
+    Raises:
+        CheckFailed: transformers could not go on with it.
+    """
+    path = folder / TRAINER_STATE
+    saved = read_state(path)
+    with as_written(path):
+        check_trainer_state(saved, artifact.read_manifest(folder)["facts"]["step"])
 
 
 def _write(path: Path, value: Any) -> None:

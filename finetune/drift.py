@@ -21,11 +21,14 @@ from finetune.errors import InputError
 FREE = frozenset(
     {
         *("run.resume", "train.logging_steps", "train.report_to"),
-        *("train.save_steps", "train.save_total_limit", "train.eval_steps"),
+        *("train.save_steps", "train.save_total_limit", "train.eval_steps", "train.eval_on_start"),
         *("eval.per_device_eval_batch_size", "eval.max_new_tokens", "eval.tasks"),
     }
 )
 """Settings without a say in what is trained."""
+
+ACTING_WHERE_EVALUATION_DOES = frozenset({"train.eval_steps"})
+"""Free unless held-out losses decide which weights are published, or when the run stops."""
 
 FIXED = ("base", "adapter", "recipe", "run.name", "run.dir")
 """What no flag changes: other weights would be trained, or in another place."""
@@ -59,14 +62,27 @@ def changes_between(old: RunConfig, new: RunConfig) -> list[Change]:
     ]
 
 
+def free_settings(*configs: RunConfig) -> frozenset[str]:
+    """The settings without a say in what any of these configs trains and publishes."""
+    trains = [config.train for config in configs]
+    if any(t.load_best_model_at_end or t.early_stopping_patience is not None for t in trains):
+        return FREE - ACTING_WHERE_EVALUATION_DOES
+    return FREE
+
+
 def acting_settings(config: RunConfig) -> dict[str, Any]:
     """Every setting with a say in what is trained, by its key; the place of the run has none."""
-    silent = FREE | {"run.name", "run.dir"}
+    silent = free_settings(config) | {"run.name", "run.dir"}
     return {key: value for key, value in _flat(config.model_dump()).items() if key not in silent}
 
 
-def refused(changes: Iterable[Change], allowed: Sequence[str]) -> list[Change]:
+def refused(
+    changes: Iterable[Change], allowed: Sequence[str], free: frozenset[str] = FREE
+) -> list[Change]:
     """The changes that are neither free nor allowed.
+
+    Args:
+        free: what may change unnamed.
 
     Raises:
         InputError: an allowed key that cannot change.
@@ -77,7 +93,7 @@ def refused(changes: Iterable[Change], allowed: Sequence[str]) -> list[Change]:
             f"--allow-change {', '.join(never)}: cannot change within a run; the checkpoints hold "
             "other weights. Choose another run.name"
         )
-    return [change for change in changes if change.key not in FREE | set(allowed)]
+    return [change for change in changes if change.key not in free | set(allowed)]
 
 
 def remember(changes: Sequence[Change], folder: Path, step: int | None) -> None:

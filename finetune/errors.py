@@ -62,7 +62,7 @@ def exit_code_of(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return Interrupted.exit_code
-    if is_of_the_system(error) or _is_out_of_memory(error):
+    if is_of_the_system(error) or is_out_of_memory(error):
         return CannotContinue.exit_code
     return 1
 
@@ -73,8 +73,10 @@ def is_of_the_system(error: BaseException | None) -> bool:
     return isinstance(error, OSError) or quotes
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """torch has a class of its own for GPUs, and none for CPUs; it is not imported for this."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out.
+
+    torch has a class of its own for GPUs, and none for CPUs; it is not imported for this."""
     is_torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_torchs)
 
@@ -89,7 +91,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, FinetuneError):
         return f"error: {error}"
     kind = type(error).__name__
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return (
             f"error: out of memory ({kind}: {error}). A smaller train.per_device_train_batch_size "
             "or data.max_length takes less, train.activation_checkpointing much less"

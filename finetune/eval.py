@@ -1,31 +1,25 @@
-"""`eval RUN`: the run's models, loaded fresh from disk, on the same held-out rows."""
+"""`eval TARGET`: models loaded fresh from disk, on the same held-out rows and questions."""
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune import scoreboard
-from finetune.artifact import write_json
-from finetune.config import RunConfig
-from finetune.data import load_data, load_heldout
+from finetune import scoreboard, witness
+from finetune.artifact import make_folder, write_json, write_text
 from finetune.errors import InputError
-from finetune.inference import (
-    VARIANTS,
-    Opened,
-    folder_config,
-    open_folder,
-    open_variant,
-    trained_variant,
-)
-from finetune.prepared import Document
-from finetune.run_folder import RunFolder, find_run
-from finetune.scoring import Scores, probe, score_model
+from finetune.inference import Opened, folder_config, open_folder, open_variant, trained_variant
+from finetune.run_folder import RunFolder
+from finetune.scoring import Scores, probe, score_rows_and_tasks
+from finetune.subject import Rows, Subject, find_subject
+
+DEFAULT_WINDOW = 1024  # tokens; no more than the context of the model
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,33 +27,49 @@ def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     if args.probe:
         return _main_probe(args)
-    if args.fail_if_worse and not args.against:
-        raise InputError("--fail-if-worse has no effect without --against; name what to beat")
     subject = find_subject(args.target, args.against, args.run)
-    config = subject.config
-    documents: list[Document] = []
-    scores: list[Scores] = []
-    vocabulary: dict[str, int] = {}
-    ask = "exact_match" in config.eval.tasks and config.recipe != "pretrain"
-    for name in subject.models:
-        opened = subject.open(name)
-        vocabulary = vocabulary or opened.base.tokenizer.get_vocab()
-        if opened.base.tokenizer.get_vocab() != vocabulary:
-            raise InputError(
-                f"{name}: has another tokenizer than {subject.models[0]}; not compared"
-            )
-        documents = documents or heldout_documents(config, opened, args.data)
-        batch_size, new_tokens = config.eval.per_device_eval_batch_size, config.eval.max_new_tokens
-        scores.append(score_model(opened, documents, batch_size, new_tokens, ask))
-        print(f"eval     {opened.name}: {scoreboard.line(scores[-1])}", file=sys.stderr)
+    scores = _scores(subject, args)
     against = [scoreboard.paired(scores[0], other) for other in scores[1:]]
-    result = scoreboard.as_json(scores, against)
+    result = {**scoreboard.as_json(scores, against), **_about(args)}
     if subject.run:
-        _save(subject.run, result, args.data)
+        _save(subject.run, result, scores, args)
     print(json.dumps(result, indent=2) if args.json else scoreboard.table(scores, against))
     if args.fail_if_worse:
         scoreboard.refuse_worse(against)
     return 0
+
+
+def _scores(subject: Subject, args: argparse.Namespace) -> list[Scores]:
+    """Every model of the subject, one after the other, on the rows of the first."""
+    store = subject.run.eval / "answers" if subject.run else None
+    scores: list[Scores] = []
+    rows: Rows | None = None
+    for name in subject.models:
+        opened = subject.open(name)
+        if rows is None:
+            rows = _rows(subject, opened, args)
+        rows.refuse_another_tokenizer(opened)
+        found = score_rows_and_tasks(
+            opened, rows.documents, rows.questions, subject.config.eval, store
+        )
+        if rows.num_bytes is not None:
+            found = replace(found, num_bytes=(rows.num_bytes,))
+        if subject.run and subject.run.witness.exists() and subject.is_own(name):
+            kept = witness.divergence(subject.run.witness, opened.model, opened.device)
+            found = replace(found, divergence=kept)
+        scores.append(found)
+        print(f"eval     {opened.name}: {scoreboard.line(found)}", file=sys.stderr)
+    return scores
+
+
+def _rows(subject: Subject, opened: Opened, args: argparse.Namespace) -> Rows:
+    if args.text is None:
+        return subject.rows(opened, args.data)
+    context = opened.base.architecture.context
+    window = args.window or min(DEFAULT_WINDOW, context)
+    if window > context:
+        raise InputError(f"--window {window}: allowed: at most {context}, the model's context")
+    return subject.text_rows(opened, args.text, window, args.stride or max(window // 2, 1))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -68,80 +78,33 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="held-out rows (default: the run's own)")
     parser.add_argument("--against", default="", help="base, merged, a folder (comma between)")
     parser.add_argument("--run", help="for a model folder: the run whose rows and format are used")
+    parser.add_argument("--text", help="plain text, scored in sliding windows")
+    parser.add_argument("--window", type=int, help="tokens of a window (with --text; 1024)")
+    parser.add_argument("--stride", type=int, help="new tokens of a window (half of the window)")
     parser.add_argument("--probe", type=Path, help="rows of prompt and answer, as plain text")
     parser.add_argument(
         "--fail-if-worse", action="store_true", help="exit 3 if surely worse (5 %%)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    return parser.parse_args(list(argv))
+    args = parser.parse_args(list(argv))
+    _refuse_idle(args)
+    return args
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated.
-
-    Attributes:
-        config: says how rows are rendered and scored.
-        models: variants of the run, or folders; the one asked about first.
-        run: None for a model folder of no run.
-    """
-
-    config: RunConfig
-    models: tuple[str, ...]
-    run: RunFolder | None
-
-    def open(self, name: str) -> Opened:
-        """One of the models, loaded fresh from disk."""
-        if self.run and name in VARIANTS:
-            return open_variant(self.run, name)
-        if (Path(name) / "config.yaml").exists():
-            other = RunFolder(Path(name))
-            return open_variant(other, trained_variant(other))
-        return open_folder(Path(name), self.config)
-
-
-def find_subject(target: str | None, against: str = "", run_name: str | None = None) -> Subject:
-    """Whether a target is a run or a model folder, and what it is compared with.
-
-    Raises:
-        InputError: nothing there, or a comparison that is neither a variant nor a folder.
-    """
-    others = tuple(name for name in against.split(",") if name)
-    unknown = [n for n in others if n not in ("base", "merged") and not Path(n).is_dir()]
-    if unknown:
-        raise InputError(f"--against {', '.join(unknown)}: neither base, merged nor a folder")
-    folder = Path(target) if target else None
-    if folder is None or (folder / "config.yaml").exists() or not folder.is_dir():
-        run = find_run(target)
-        return Subject(run.config(), (trained_variant(run), *others), run)
-    beside = folder.parent if (folder.parent / "config.yaml").exists() else None
-    if run_name or beside:
-        run = find_run(run_name or str(beside))
-        return Subject(run.config(), (str(folder), *others), run)
-    if {"base", "merged"} & set(others):
-        raise InputError(f"{folder}: is a model folder of no run; name the run with --run")
-    return Subject(folder_config(folder), (str(folder), *others), None)
-
-
-def heldout_documents(config: RunConfig, opened: Opened, data: Path | None) -> list[Document]:
-    """The rows to score: a file of the caller's, or the run's held-out rows.
-
-    Raises:
-        InputError: there are none.
-    """
-    tokenizer, chat_format = opened.base.tokenizer, opened.base.chat_format
-    if data is None and not config.data.train:
-        raise InputError("a model folder of no run brings no rows: give --data FILE or --run RUN")
-    if data is not None:
-        documents, ledger = load_heldout(data, config, tokenizer, chat_format)
-        print("\n".join(ledger.lines()), file=sys.stderr)
-    else:
-        loaded = load_data(config, tokenizer, chat_format)
-        documents = loaded.heldout[:]
-        print("\n".join(loaded.ledgers[1].lines()), file=sys.stderr)
-    if not documents:
-        raise InputError("no held-out rows: give data.heldout in the config, or --data FILE")
-    return documents
+def _refuse_idle(args: argparse.Namespace) -> None:
+    """Arguments that would change nothing, all of them together."""
+    found = []
+    if args.fail_if_worse and not args.against:
+        found.append("--fail-if-worse has no effect without --against; name what to beat")
+    if args.text is None and (args.window or args.stride):
+        found.append("--window and --stride have no effect without --text")
+    sources = {"--data": args.data, "--text": args.text, "--probe": args.probe}
+    if len(given := [name for name, value in sources.items() if value is not None]) > 1:
+        found.append(f"{' and '.join(given)}: one of them at a time")
+    if args.window is not None and args.window < 2:
+        found.append(f"--window {args.window}: allowed: 2 or more tokens")
+    if found:
+        raise InputError(found)
 
 
 def _main_probe(args: argparse.Namespace) -> int:
@@ -158,7 +121,29 @@ def _main_probe(args: argparse.Namespace) -> int:
     return 0
 
 
-def _save(run: RunFolder, result: dict[str, Any], data: Path | None) -> None:
-    run.eval.mkdir(exist_ok=True)
-    name = f"{data.stem}.json" if data else "heldout.json"
-    write_json(run.eval / name, result)
+def _about(args: argparse.Namespace) -> dict[str, Any]:
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    about: dict[str, Any] = {"created": now.replace("+00:00", "Z")}
+    if args.data:
+        about["data"] = str(args.data)
+    if args.text:
+        about |= {"text": args.text, "window": args.window, "stride": args.stride}
+    return about
+
+
+def _save(
+    run: RunFolder, result: dict[str, Any], scores: Sequence[Scores], args: argparse.Namespace
+) -> None:
+    """The numbers in one file, each model's answers to each task in another."""
+    source = args.data or (Path(args.text) if args.text else None)
+    stem = source.name.split(".")[0] if source else "heldout"
+    for position, model in enumerate(scores):
+        kept = result if position == 0 else result["against"][position - 1]
+        for name, task in model.tasks.items():
+            file = f"answers/{stem}.{name}.{Path(model.name).name}.jsonl"
+            make_folder(run.eval / "answers")
+            lines = [json.dumps(answer.as_json(), ensure_ascii=False) for answer in task.answers]
+            write_text(run.eval / file, "".join(f"{line}\n" for line in lines))
+            kept["tasks"][name]["answers_file"] = file
+    make_folder(run.eval)
+    write_json(run.eval / f"{stem}.json", result)

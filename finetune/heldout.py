@@ -2,12 +2,14 @@
 
     loss = sum over held-out trained tokens of -log p / their number      (nats per token)
 
-The same function serves evaluation while training and `finetune eval`.
+The same function serves evaluation while training and `finetune eval`. Not counted: prompts, BOS,
+the first token of a document. Counted: the token that ends an answer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +17,52 @@ from dataclasses import dataclass
 import torch
 
 from finetune.errors import CannotContinue, InputError
-from finetune.fast.loss import Packed, pack, token_losses
+from finetune.fast.loss import Packed, pack
+from finetune.fast.scores import token_scores
 from finetune.prepared import Document
+
+_LARGEST_EXPONENT = 709.0  # of a float64
+
+
+@dataclass(frozen=True)
+class Span:
+    """Trained tokens of a document that follow each other: one answer.
+
+    Attributes:
+        loss_sum: nats, float64.
+        num_tokens: trained tokens.
+        num_right: of these, the likeliest ones.
+    """
+
+    loss_sum: float
+    num_tokens: int
+    num_right: int
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """One document.
+
+    Attributes:
+        spans: its answers, in order; none where nothing of it is trained.
+    """
+
+    spans: tuple[Span, ...]
+
+    @property
+    def loss_sum(self) -> float:
+        """Nats over its trained tokens."""
+        return math.fsum(span.loss_sum for span in self.spans)
+
+    @property
+    def num_tokens(self) -> int:
+        """Its trained tokens."""
+        return sum(span.num_tokens for span in self.spans)
+
+    @property
+    def num_right(self) -> int:
+        """Its trained tokens that are the likeliest ones."""
+        return sum(span.num_right for span in self.spans)
 
 
 @dataclass(frozen=True)
@@ -26,12 +72,14 @@ class HeldoutLoss:
     Attributes:
         loss_sum: nats over all trained tokens, float64.
         num_tokens: trained tokens.
-        rows: (loss sum, trained tokens) of each document, in order.
+        num_right: of these, the likeliest ones.
+        rows: each document, in order.
     """
 
     loss_sum: float
     num_tokens: int
-    rows: tuple[tuple[float, int], ...]
+    num_right: int
+    rows: tuple[RowScore, ...]
 
     @property
     def loss(self) -> float:
@@ -41,13 +89,19 @@ class HeldoutLoss:
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < _LARGEST_EXPONENT else math.inf
 
-    def as_json(self) -> dict[str, float | int]:
-        """The numbers of the command-line contract."""
+    @property
+    def token_accuracy(self) -> float:
+        """Share of trained tokens that are the likeliest ones."""
+        return self.num_right / self.num_tokens
+
+    def as_json(self) -> dict[str, float | int | None]:
+        """The numbers of the command-line contract; JSON has no infinity."""
         return {
             "loss": self.loss,
-            "perplexity": self.perplexity,
+            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
+            "token_accuracy": self.token_accuracy,
             "tokens": self.num_tokens,
             "rows": len(self.rows),
         }
@@ -94,9 +148,9 @@ def score(
 
 def score_rows(
     model: torch.nn.Module, documents: Sequence[Document], batch_size: int, device: torch.device
-) -> list[tuple[float, int]]:
-    """(loss sum, trained tokens) of every document; one rank's share of `score` may be empty."""
-    rows: list[tuple[float, int]] = []
+) -> list[RowScore]:
+    """Every document by itself; one rank's share of `score` may be empty."""
+    rows: list[RowScore] = []
     with evaluating(model):
         for start in range(0, len(documents), batch_size):
             rows += _score_batch(model, documents[start : start + batch_size], device)
@@ -108,36 +162,39 @@ def document_losses(
 ) -> list[float]:
     """The loss sum of each document by itself, whatever number it is."""
     with evaluating(model):
-        return [loss for d in documents for loss in _loss_sums(model, [d], device)]
+        return [row.loss_sum for d in documents for row in _scored(model, [d], device)]
 
 
-def total_of(rows: Sequence[tuple[float, int]]) -> HeldoutLoss:
+def total_of(rows: Sequence[RowScore]) -> HeldoutLoss:
     """The sums over all rows.
 
     Raises:
         InputError: no trained token in any of them.
     """
-    num_tokens = sum(count for _, count in rows)
+    num_tokens = sum(row.num_tokens for row in rows)
     if not num_tokens:
         raise InputError("the held-out rows have no trained token; nothing to score")
-    return HeldoutLoss(math.fsum(loss for loss, _ in rows), num_tokens, tuple(rows))
+    loss_sum = math.fsum(row.loss_sum for row in rows)
+    return HeldoutLoss(loss_sum, num_tokens, sum(row.num_right for row in rows), tuple(rows))
 
 
 def _score_batch(
     model: torch.nn.Module, documents: Sequence[Document], device: torch.device
-) -> list[tuple[float, int]]:
-    rows = []
-    for document, total in zip(documents, _loss_sums(model, documents, device), strict=True):
-        if not math.isfinite(total):
-            raise CannotContinue(f"{document.example.where}: the held-out loss is {total}")
-        rows.append((total, document.num_trained))
+) -> list[RowScore]:
+    rows = _scored(model, documents, device)
+    for document, row in zip(documents, rows, strict=True):
+        if not math.isfinite(row.loss_sum):
+            raise CannotContinue(f"{document.example.where}: the held-out loss is {row.loss_sum}")
     return rows
 
 
-def _loss_sums(
+def _scored(
     model: torch.nn.Module, documents: Sequence[Document], device: torch.device
-) -> list[float]:
-    """The loss sum of each document, all laid in one row."""
+) -> list[RowScore]:
+    """Each document, all laid in one row."""
     packed = to_device(pack([(d.input_ids, d.train_mask) for d in documents]), device)
-    losses = token_losses(model, packed).double().cpu()
-    return [part.sum().item() for part in losses.split([d.num_trained for d in documents])]
+    scores = token_scores(model, packed)
+    lengths = [length for document in documents for length in document.answer_lengths]
+    parts = zip(scores.losses.split(lengths), scores.right.split(lengths), strict=True)
+    spans = iter([Span(loss.sum().item(), len(loss), int(hit.sum())) for loss, hit in parts])
+    return [RowScore(tuple(itertools.islice(spans, len(d.answer_lengths)))) for d in documents]

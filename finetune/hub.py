@@ -3,15 +3,23 @@ config names."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import secrets
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from finetune import OFFLINE_BY_CHOICE
-from finetune.errors import InputError
+from finetune.cache import remembered_sha256
+from finetune.config.base import is_commit
+from finetune.errors import CheckFailed, InputError
 
 _TEXT_FILES = ("*.json", "*.model", "*.jinja")
 _WEIGHT_FILES = ("*.safetensors",)
+_KEPT = re.compile(r"(.+)@([0-9a-f]{40})-[^/]*\.parquet")
 
 
 def download(hub_id: str, revision: str | None, with_weights: bool = True) -> Path:
@@ -23,6 +31,7 @@ def download(hub_id: str, revision: str | None, with_weights: bool = True) -> Pa
 
     Raises:
         InputError: unknown id, no access, no network.
+        CheckFailed: a file of it is not what the hub has.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -30,7 +39,7 @@ def download(hub_id: str, revision: str | None, with_weights: bool = True) -> Pa
     patterns = [*_TEXT_FILES, *(_WEIGHT_FILES if with_weights else ())]
     _go_online("base", hub_id)
     try:
-        return Path(
+        folder = Path(
             huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=patterns)
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -38,6 +47,38 @@ def download(hub_id: str, revision: str | None, with_weights: bool = True) -> Pa
             f"base.path {hub_id}: {_unavailable(error)}; "
             "give a local folder, or ask for access to the model on its page"
         ) from None
+    if is_commit(revision) and folder.name != revision:
+        raise CheckFailed(
+            f"base.path {hub_id}: commit {revision} was asked for, {folder.name} came"
+        )
+    _refuse_changed(folder)
+    return folder
+
+
+def _refuse_changed(folder: Path) -> None:
+    """Compares a snapshot's files with the hashes that the hub gave when they were fetched.
+
+    The library compares sizes alone (huggingface_hub 2.4). In its cache every file is a link to one
+    whose name is the hub's hash: sha256 of large files, git's own of small ones.
+    """
+    found = [
+        f"{path}: its content is not what the hub has under its hash; delete {path.resolve()}, and "
+        "it is fetched again"
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() and path.is_file() and not _is_as_named(path.resolve())
+    ]
+    if found:
+        raise CheckFailed("\n".join(found))
+
+
+def _is_as_named(blob: Path) -> bool:
+    if re.fullmatch("[0-9a-f]{64}", blob.name):
+        return remembered_sha256(blob) == blob.name
+    if not is_commit(blob.name):  # git names contents as it names commits
+        return True  # named by something else: nothing to compare with
+    content = blob.read_bytes()
+    named = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+    return named.hexdigest() == blob.name
 
 
 def download_dataset(hub_id: str, split: str, revision: str | None, root: Path) -> Path:
@@ -47,10 +88,11 @@ def download_dataset(hub_id: str, split: str, revision: str | None, root: Path) 
         hub_id: `owner/name`, or a local folder that `datasets` reads.
         split: as `datasets` writes it: train, train[:1000] …
         revision: branch, tag or commit hash; None is the hub's `main`.
-        root: of the cache; the file's name holds the fingerprint of the rows.
+        root: of the cache; the file's name holds commit and fingerprint of the rows.
 
     Raises:
         InputError: unknown id or split, no access, no network.
+        CheckFailed: another commit than the one asked for.
     """
     _go_online("data", hub_id)  # before `datasets` is imported, which reads the setting
     import datasets
@@ -63,14 +105,38 @@ def download_dataset(hub_id: str, split: str, revision: str | None, root: Path) 
             f"data: hf://datasets/{hub_id}, split {split}: {_unavailable(error)}; "
             "give local files, or ask for access to the dataset on its page"
         ) from None
-    name = f"{Path(hub_id).name}-{split}".translate({ord(c): "_" for c in "/[]:%+"})
+    commit = _commit_of(rows)
+    if is_commit(revision) and commit != revision:
+        # `datasets` takes what it has, of any commit, where the one asked for is not to be had.
+        raise CheckFailed(
+            f"data: hf://datasets/{hub_id}: commit {revision} was asked for, "
+            f"{commit or 'a local folder'} was read; it is not in the cache, or not on the hub"
+        )
+    name = kept_name(hub_id, split) + (f"@{commit}" if commit else "")
     file = root / "datasets" / f"{name}-{rows._fingerprint}.parquet"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
+        temporary = file.with_name(f".{file.name}.tmp-{secrets.token_hex(4)}")
         rows.to_parquet(str(temporary))
         os.replace(temporary, file)
     return file
+
+
+def kept_name(hub_id: str, split: str) -> str:
+    """What the files kept of a dataset's split begin with."""
+    return f"{hub_id}-{split}".translate({ord(c): "_" for c in "/[]:%+@"})
+
+
+def commits_of(files: Iterable[str]) -> dict[str, str]:
+    """`kept_name` -> commit, of those files that are kept of the hub's datasets."""
+    found = (_KEPT.fullmatch(Path(file).name) for file in files)
+    return {match.group(1): match.group(2) for match in found if match}
+
+
+def _commit_of(rows: Any) -> str | None:
+    """The folder that `datasets` keeps a dataset of the hub in is named by its commit."""
+    folders = {Path(file["filename"]).parent.name for file in rows.cache_files}
+    return next((name for name in folders if is_commit(name)), None)
 
 
 def _go_online(what: str, hub_id: str) -> None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from finetune import artifact
-from finetune.errors import CheckFailed
+from finetune.adapter_settings import refuse_hostile
+from finetune.errors import CannotContinue, CheckFailed, is_out_of_memory
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LIBRARIES = ("torch", "transformers", "peft", "trl", "safetensors", "tokenizers")
@@ -102,18 +103,29 @@ def verified_facts(folder: Path, base: BaseIdentity | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def settings_of(folder: Path) -> Iterator[None]:
+def settings_of(folder: Path, names: Iterable[str]) -> Iterator[None]:
     """Reads or applies adapter_config.json through PEFT, which trusts what is written there.
 
+    Args:
+        names: of the modules that PEFT matches the settings' patterns against.
+
     Raises:
-        CheckFailed: PEFT fails on the settings.
+        CheckFailed: settings that PEFT must not see, or on which it fails.
+        CannotContinue: they need more memory than there is.
     """
+    path = folder / ADAPTER_FILES[0]
+    num_bytes = (folder / ADAPTER_FILES[1]).stat().st_size
+    refuse_hostile(path, artifact.read_json(path), names, num_bytes)
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error) as error:
+        if is_out_of_memory(error):
+            raise CannotContinue(
+                f"{folder}: the adapter does not fit into memory beside the base ({error})"
+            ) from error
         cause = f"{type(error).__name__}: {error}".split("\n")[0][:200]
         raise CheckFailed(
-            f"{folder / ADAPTER_FILES[0]}: PEFT cannot use these settings on this base ({cause})"
+            f"{path}: PEFT cannot use these settings on this base ({cause})"
         ) from error
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from finetune import artifact
 from finetune.adapters import load_adapter
@@ -49,12 +55,19 @@ class Opened:
         model: in evaluation mode, on `device`; `Any` because PEFT and transformers are untyped.
         base: its tokenizer and prompt format.
         device: where it lies.
+        folder: of the weights that are this model's own (the adapter's, the merged model's).
     """
 
     name: str
     model: Any
     base: Base
     device: torch.device
+    folder: Path
+
+    def weights_sha256(self) -> str:
+        """One hash of what was loaded: of its manifest, where it has one."""
+        manifest = self.folder / artifact.MANIFEST
+        return artifact.sha256_of(manifest) if manifest.exists() else self.base.fingerprint()
 
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the format's, and the tokenizer's EOS."""
@@ -94,7 +107,8 @@ def open_variant(run: RunFolder, variant: str, full_precision: bool = False) -> 
         if not run.adapter.is_dir():
             raise InputError(f"{run.path}: has no adapter yet; train the run first")
         model = load_adapter(model, run.adapter, base.identity())
-    return Opened(variant, model.to(device).eval(), base, device)
+    folder = run.adapter if variant == "adapter" else base.folder
+    return Opened(variant, model.to(device).eval(), base, device, folder)
 
 
 def trained_variant(run: RunFolder) -> str:
@@ -129,7 +143,7 @@ def open_folder(folder: Path, config: RunConfig, name: str | None = None) -> Ope
     model = read_weights(
         folder, attn_implementation=register(), use_safetensors=True, local_files_only=True
     )
-    return Opened(name, model.to(device).eval(), base, device)
+    return Opened(name, model.to(device).eval(), base, device, folder)
 
 
 def folder_config(folder: Path, recipe: str = "sft") -> RunConfig:
@@ -168,52 +182,90 @@ class Sampling:
 def continue_prompts(
     opened: Opened, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int = 32
 ) -> Iterator[list[int]]:
-    """What the model writes after each prompt, without the stop token.
-
-    Prompts of a batch are padded on the left and masked, so that each answer is the one it would
-    get alone. Longer prompts go together, so that little is padded.
-
-    Args:
-        prompts: ids with BOS.
-
-    Yields:
-        the new ids of each prompt, in the order given.
-    """
-    answers: dict[int, list[int]] = {}
-    set_seed(sampling.seed)
-    for chosen in _batches(prompts, batch_size, has_soft_prompt(opened.model)):
-        texts = _generate(opened, [prompts[index] for index in chosen], sampling)
-        answers.update(zip(chosen, texts, strict=True))
+    """What the model writes after each prompt, in the order given; see `iter_continued`."""
+    answers = dict(iter_continued(opened, dict(enumerate(prompts)), sampling, batch_size))
     return (answers[index] for index in range(len(prompts)))
 
 
+def iter_continued(
+    opened: Opened,
+    prompts: Mapping[int, Sequence[int]],
+    sampling: Sampling,
+    batch_size: int = 32,
+) -> Iterator[tuple[int, list[int]]]:
+    """What the model writes after each prompt, without the stop token, as soon as it is there.
+
+    Prompts of a batch are padded on the left and masked, and each draws from a generator of its
+    own, so that every answer is the one it would get alone. Longer prompts go together, so that
+    little is padded. No generator of the process is touched.
+
+    Args:
+        prompts: number of the row -> ids with BOS; the number goes into its draws.
+
+    Yields:
+        number and new ids, batch by batch.
+    """
+    for chosen in _batches(prompts, batch_size, has_soft_prompt(opened.model)):
+        texts = _generate(opened, chosen, [prompts[number] for number in chosen], sampling)
+        yield from zip(chosen, texts, strict=True)
+
+
 def _batches(
-    prompts: Sequence[Sequence[int]], size: int, equal_lengths: bool
+    prompts: Mapping[int, Sequence[int]], size: int, equal_lengths: bool
 ) -> Iterator[list[int]]:
-    """Indices of prompts that go together. Behind trained vectors nothing may be padded: the
+    """Numbers of prompts that go together. Behind trained vectors nothing may be padded: the
     padding would stand between them and the text (PEFT 0.21 counts its positions).
     """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    order = sorted(prompts, key=lambda number: len(prompts[number]))
     groups: list[list[int]] = [order]
     if equal_lengths:
-        found = itertools.groupby(order, lambda index: len(prompts[index]))
+        found = itertools.groupby(order, lambda number: len(prompts[number]))
         groups = [list(group) for _, group in found]
     for group in groups:
         yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
+class _OwnDraws(LogitsProcessor):
+    """Draws from each row's distribution with the row's own generator.
+
+    The largest of log p - log E, with E exponential, is a draw from p (Gumbel; Maddison et al.
+    2014): what is added here, greedy search picks.
+
+    Args:
+        numbers: of the rows of a batch.
+        seed: of all draws.
+    """
+
+    def __init__(self, numbers: Sequence[int], seed: int) -> None:
+        self._generators = []
+        for number in numbers:
+            digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
+            own = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            self._generators.append(own)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """(rows, vocab) scores, each with its draw."""
+        size = scores.shape[-1]
+        draws = [torch.empty(size).exponential_(generator=own) for own in self._generators]
+        return scores - torch.stack(draws).log().to(scores)
+
+
+def _draws(sampling: Sampling, numbers: Sequence[int]) -> LogitsProcessorList:
+    if sampling.temperature == 0:
+        return LogitsProcessorList()
+    steps: list[LogitsProcessor] = [TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_p < 1:
+        steps.append(TopPLogitsWarper(sampling.top_p))
+    return LogitsProcessorList([*steps, _OwnDraws(numbers, sampling.seed)])
+
+
 def _generate(
-    opened: Opened, prompts: Sequence[Sequence[int]], sampling: Sampling
+    opened: Opened, numbers: Sequence[int], prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> list[list[int]]:
     stops = opened.stop_ids()
     width, padding = max(map(len, prompts)), opened.base.tokenizer.pad_token_id or 0
     rows = [[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     masks = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    settings: dict[str, object] = {"do_sample": False}
-    if sampling.temperature > 0:
-        # top_k=0: transformers' default would draw from the 50 likeliest alone.
-        settings = {"do_sample": True, "top_k": 0}
-        settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
     with evaluating(opened.model):
         output = opened.model.generate(
             input_ids=torch.tensor(rows, device=opened.device),
@@ -222,7 +274,8 @@ def _generate(
             eos_token_id=stops,
             pad_token_id=padding,
             use_cache=True,
-            **settings,
+            do_sample=False,
+            logits_processor=_draws(sampling, numbers),
         )
     return [_until_stop(row[width:].tolist(), stops) for row in output]
 

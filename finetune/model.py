@@ -45,6 +45,8 @@ from finetune.llama.chat import FORMATS, ChatFormat, detect_format
 from finetune.llama.meta_format import cached_import
 from finetune.llama.tokenizer import load_tokenizer, save_tokenizer
 from finetune.llama.weight_files import files_by_weight, refuse_too_few_bytes
+from finetune.revisions import base_revision
+from finetune.run_folder import RunFolder
 
 logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -106,6 +108,7 @@ def find_base(config: RunConfig, run_path: Path) -> Base:
 
     Raises:
         InputError: missing, unreadable, or no Llama.
+        CheckFailed: another commit of a hub id than the run's, or files that the hub does not have.
     """
     section = config.base
     revision = None
@@ -116,7 +119,7 @@ def find_base(config: RunConfig, run_path: Path) -> Base:
         name = str(folder)
     elif section.is_hub_id:
         assert section.path is not None
-        folder = download(section.path, section.revision)
+        folder = download(section.path, base_revision(section, RunFolder(run_path)))
         name, revision = section.path, folder.name
     else:
         assert section.path is not None
@@ -145,9 +148,7 @@ def read_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerFast, ChatForm
             architecture = from_params_json(params, vocab_size=len(tokenizer))
         else:
             architecture = read_architecture(folder)
-    if config.recipe == "pretrain":
-        return tokenizer, None
-    return tokenizer, choose_format(config, architecture, tokenizer)
+    return tokenizer, _format_of(config, architecture, tokenizer)
 
 
 def is_meta_layout(folder: Path) -> bool:
@@ -175,12 +176,17 @@ def open_base(
         raise InputError(
             f"{folder}: the tokenizer has {len(tokenizer)} ids, the model {architecture.vocab_size}"
         )
-    chat_format = (
-        None if config.recipe == "pretrain" else choose_format(config, architecture, tokenizer)
-    )
+    chat_format = _format_of(config, architecture, tokenizer)
     if chat_format and (tokenizer.chat_template is None or config.data.chat_format != "auto"):
         tokenizer.chat_template = chat_format.jinja()
     return Base(name, folder, architecture, tokenizer, chat_format, revision)
+
+
+def _format_of(
+    config: RunConfig, architecture: Architecture, tokenizer: PreTrainedTokenizerFast
+) -> ChatFormat | None:
+    """Plain text has none."""
+    return None if config.recipe == "pretrain" else choose_format(config, architecture, tokenizer)
 
 
 def choose_format(
@@ -331,6 +337,8 @@ def _write_random_base(config: RunConfig, folder: Path) -> None:
     with artifact.staged(folder, {"base": "random weights", "seed": config.run.seed}) as stage:
         model.save_pretrained(str(stage))
         save_tokenizer(tokenizer, stage)
+        chat_format = _format_of(config, architecture, tokenizer)
+        write_generation_config(Base("", stage, architecture, tokenizer, chat_format), stage)
 
 
 def generation_config(base: Base) -> dict[str, object]:

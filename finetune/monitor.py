@@ -121,6 +121,17 @@ class Progress:
             facts = ", ".join(f"{name} {value}" for name, value in shown.items())
             print(f"step     {step}/{self.last}: {facts}, {left:,.0f} s left", file=sys.stderr)
 
+    def heldout(self, step: int, loss: float, is_best: bool) -> None:
+        """Shows a held-out loss.
+
+        Args:
+            loss: nats per token.
+            is_best: whether it is the lowest of a run where that decides something.
+        """
+        self.heldout_loss = loss
+        which = " (before training)" if step == 0 else ", the best so far" if is_best else ""
+        tqdm.write(f"heldout  step {step}: {loss:.4f} nats a token{which}", file=sys.stderr)
+
     def end(self) -> None:
         """Closes the bar."""
         if self.bar is not None:
@@ -139,7 +150,8 @@ class StepMetrics(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Drops the lines of steps that a resumed run will do again."""
-        kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
+        done = state.global_step  # of 0 nothing is kept: other rows may be held out now
+        kept = [row for row in read_metrics(self.path) if done and row["step"] <= done]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = self.path.open("a", encoding="utf-8")
         self.heldout_steps = {row["step"] for row in kept if "heldout_loss" in row}
@@ -177,11 +189,11 @@ class StepMetrics(TrainerCallback):
         metrics: Any = None,
         **_: Any,
     ) -> None:
-        """Writes the held-out loss, once a step: a run that went on may have it already."""
-        if state.global_step not in self.heldout_steps:
-            # The last one comes after the last checkpoint.
-            self._write(True, step=state.global_step, heldout_loss=metrics["eval_loss"])
-        self.progress.heldout_loss = metrics["eval_loss"]
+        """Writes and shows the held-out loss, once a step: a run that went on may have it."""
+        step, loss = state.global_step, metrics["eval_loss"]
+        if step not in self.heldout_steps:
+            self._write(True, step=step, heldout_loss=loss)  # may come after the last checkpoint
+        self.progress.heldout(step, loss, is_best=step == self.trainer.best.best_step)
         self.started = time.monotonic()
 
     def on_save(

@@ -56,6 +56,12 @@ class Document:
         """Tokens that count in the loss; the first has nothing before it and never does."""
         return sum(self.train_mask) - self.train_mask[0]
 
+    @functools.cached_property
+    def answer_lengths(self) -> tuple[int, ...]:
+        """Trained tokens of each answer: of each run of them that nothing untrained parts."""
+        runs = itertools.groupby(self.train_mask[1:])
+        return tuple(len(list(run)) for trained, run in runs if trained)
+
     @property
     def size(self) -> tuple[int, int]:
         """Tokens and trained tokens."""

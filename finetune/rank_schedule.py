@@ -9,6 +9,7 @@ ours. Source: Zhang et al. 2023, arXiv:2303.10512, equations 4 (penalty), 9 to 1
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import TrainerCallback
 from finetune import artifact
 from finetune.config.adapter import AdapterSection
 from finetune.errors import InputError
+from finetune.state_files import as_written, check_ranks, read_state
 
 _SCORES, _RANKS = "rank_scores.safetensors", "ranks.json"
 
@@ -81,16 +83,36 @@ class RankSchedule(TrainerCallback):
         artifact.write_json(folder / _RANKS, {"rank_pattern": self._config.rank_pattern})
 
     def load(self, folder: Path) -> None:
-        """Puts scores and masks back."""
+        """Puts scores and masks back.
+
+        Raises:
+            CheckFailed: they are of other matrices.
+        """
+        parameters = dict(self._model.base_model.model.named_parameters())
+        with as_written(folder / _SCORES):
+            self._put_back(load_file(str(folder / _SCORES)), parameters)
+        saved = read_state(folder / _RANKS)
+        with as_written(folder / _RANKS):
+            ranks = {n: p.numel() for n, p in parameters.items() if ".lora_E." in n}
+            check_ranks(saved["rank_pattern"], ranks)
+        self._config.rank_pattern = saved["rank_pattern"]
+
+    def _put_back(
+        self, scores: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.nn.Parameter]
+    ) -> None:
         allocator = self._model.base_model.rankallocator
         allocator.reset_ipt()
-        places = {name: p.device for name, p in self._model.base_model.model.named_parameters()}
-        for key, tensor in load_file(str(folder / _SCORES)).items():
+        kinds = {"ipt": allocator.exp_avg_ipt, "unc": allocator.exp_avg_unc}
+        scored = {name: p for name, p in parameters.items() if ".lora_" in name}
+        if scores and scores.keys() != {f"{kind}/{name}" for kind in kinds for name in scored}:
+            raise ValueError("scores of other matrices")
+        for key, tensor in scores.items():
             kind, _, name = key.partition("/")
-            tensor = tensor.to(places[name])
-            (allocator.exp_avg_ipt if kind == "ipt" else allocator.exp_avg_unc)[name] = tensor
+            if tensor.shape != scored[name].shape or not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{key} does not fit")
+            tensor = tensor.to(scored[name].device, torch.float32)
+            kinds[kind][name] = tensor
             allocator.ipt[name] = torch.zeros_like(tensor)  # is computed anew at every step
-        self._config.rank_pattern = artifact.read_json(folder / _RANKS)["rank_pattern"]
 
 
 def is_adalora(config: Any) -> bool:

@@ -35,9 +35,11 @@ def choose_checkpoint(
     if answer[0] is None:
         return None
     facts = artifact.read_manifest(answer[0])["facts"]
+    ranks, before = facts.get("num_ranks"), facts.get("trained_on")
+    if not isinstance(before, dict) or not isinstance(before.get("libraries"), dict):
+        raise CheckFailed(f"{answer[0]}: its manifest does not say what it was trained on")
     if first:
-        _compare_with(facts.get("trained_on", {}), parts, answer[0], allowed)
-    ranks = facts["num_ranks"]
+        _compare_with(before, parts, answer[0], allowed)
     if ranks != parts.num_ranks:
         raise InputError(
             f"{answer[0]}: was written by {ranks} ranks, this launch has {parts.num_ranks}: its "

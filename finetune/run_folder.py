@@ -15,8 +15,9 @@ from typing import Any
 
 from finetune.artifact import make_folder, read_json, remove, sweep, write_json, write_text
 from finetune.config import RunConfig
+from finetune.config.base import is_commit
 from finetune.config.loader import Loaded, dump, read_run_config
-from finetune.drift import FREE, Change, changes_between, refused, remember
+from finetune.drift import Change, changes_between, free_settings, refused, remember
 from finetune.errors import InputError
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors")
@@ -37,6 +38,16 @@ class RunFolder:
     def state_file(self) -> Path:
         """run.json: state, exit code, reason."""
         return self.path / "run.json"
+
+    @property
+    def environment_file(self) -> Path:
+        """environment.json: versions, machine, and the base as it was found."""
+        return self.path / "environment.json"
+
+    @property
+    def data_file(self) -> Path:
+        """data.json: files, hashes and ledger of the rows."""
+        return self.path / "data.json"
 
     @property
     def adapter(self) -> Path:
@@ -69,6 +80,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def witness(self) -> Path:
+        """What the trained model said at a few tokens, for what is loaded later."""
+        return self.path / "witness.safetensors"
+
+    @property
     def eval(self) -> Path:
         """Results of evaluations."""
         return self.path / "eval"
@@ -78,8 +94,31 @@ class RunFolder:
         return read_run_config(self.path)
 
     def state(self) -> dict[str, Any]:
-        """run.json, or nothing for a run that never started."""
-        return read_json(self.state_file) if self.state_file.exists() else {}
+        """run.json, or nothing for a run that never started.
+
+        Raises:
+            InputError: it is not what `write_state` wrote.
+        """
+        state = read_json(self.state_file) if self.state_file.exists() else {}
+        if not isinstance(state, dict):
+            raise InputError(f"{self.state_file}: holds {type(state).__name__}, no JSON object")
+        return state
+
+    def recorded_commit(self, hub_id: str) -> str | None:
+        """The commit of a base on the hub that the run began with; None before its first start."""
+        path = self.environment_file
+        known = read_json(path) if path.exists() else None
+        if not isinstance(known, dict) or known.get("base_hub_id") != hub_id:
+            return None
+        commit = known.get("base_revision")
+        return commit if isinstance(commit, str) and is_commit(commit) else None
+
+    def recorded_files(self) -> list[str]:
+        """The files of rows that the run began with; none before its first start."""
+        path = self.data_file
+        known = read_json(path) if path.exists() else None
+        files = known.get("files") if isinstance(known, dict) else None
+        return list(files) if isinstance(files, dict) else []
 
     def write_state(self, **facts: Any) -> None:
         """Replaces run.json."""
@@ -105,27 +144,41 @@ def open_run(loaded: Loaded, allowed: Sequence[str] = ()) -> RunFolder:
     """
     run = run_of(loaded)
     if run.config_file.exists():
-        changes = changes_between(run.config(), loaded.config)
+        known = run.config()
+        changes = changes_between(known, loaded.config)
+        changes = [change for change in changes if not _only_pins(run, change, loaded.config)]
         if not changes:
             return run
         if not _never_began(run):
-            _take_over(run, changes, allowed)
-        elif (run.path / "base").is_dir():  # random weights, of the other config
-            remove(run.path / "base")
+            _take_over(run, changes, allowed, free_settings(known, loaded.config))
+        else:
+            for other in (run.environment_file, run.data_file):  # of the other config
+                other.unlink(missing_ok=True)
+            if (run.path / "base").is_dir():  # random weights, of the other config
+                remove(run.path / "base")
     make_folder(run.path)
     write_text(run.config_file, dump(loaded))
     return run
 
 
-def _take_over(run: RunFolder, changes: Sequence[Change], allowed: Sequence[str]) -> None:
+def _only_pins(run: RunFolder, change: Change, config: RunConfig) -> bool:
+    """Whether a branch was replaced by the commit that it was when the run began."""
+    hub_id = config.base.path
+    pinned = change.key == "base.revision" and hub_id is not None
+    return pinned and change.after is not None and change.after == run.recorded_commit(hub_id or "")
+
+
+def _take_over(
+    run: RunFolder, changes: Sequence[Change], allowed: Sequence[str], free: frozenset[str]
+) -> None:
     """Says and remembers the changes of a run that goes on, where they may be."""
-    if others := refused(changes, allowed):
+    if others := refused(changes, allowed, free):
         hint = (
             "choose another run.name, remove the folder, or allow what is meant: --allow-change KEY"
         )
         findings = [f"{run.path}: holds a run of another config; {hint}", *map(str, others)]
         raise InputError(findings)
-    acting = [change for change in changes if change.key in set(allowed) - FREE]
+    acting = [change for change in changes if change.key in set(allowed) - free]
     if acting and run.is_finished:
         raise InputError(
             f"{run.path}: is finished; a change of {', '.join(c.key for c in acting)} would train "

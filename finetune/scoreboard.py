@@ -8,10 +8,12 @@ from typing import Any
 
 from finetune.comparison import Comparison, compare, smallest_p
 from finetune.errors import CheckFailed, InputError
-from finetune.scoring import GROUP_COLUMNS, Scores
+from finetune.scoring import Scores, TaskScore
+from finetune.tasks import GROUP_COLUMNS
 
 SAME_LOSS = 1e-4  # nats a token: two ways to compute one model's loss differ by less
 LEVEL = 0.05  # chance of a false alarm of `--fail-if-worse` where the models are equal
+LOSS = "loss"  # the one measure that is better the lower it is, and no share
 _NUM_CHANGED = 10
 Changed = tuple[tuple[str, float, float], ...]
 
@@ -23,7 +25,8 @@ class Paired:
     Attributes:
         first: name of the model asked about.
         other: name of the one it is compared with.
-        metrics: loss (lower is better) and exact_match (higher is better), where both have it.
+        metrics: loss (lower is better), and every task by its name (higher is better; the mean of
+            the rows' scores).
         changed: the rows whose loss differs most: place, nats a token of the first and the other.
         num_same_text: answers that are the same to the letter; None where none were asked for.
     """
@@ -48,29 +51,37 @@ def paired(first: Scores, other: Scores) -> Paired:
     changed: Changed = ()
     if first.heldout and other.heldout:
         ours, theirs = first.heldout.rows, other.heldout.rows
-        counts = [count for _, count in ours]
-        assert counts == [count for _, count in theirs], "the same rows, the same tokens"
-        sums = [[loss for loss, _ in rows] for rows in (ours, theirs)]
-        metrics["loss"] = compare(sums[0], sums[1], counts, SAME_LOSS)
+        counts = [row.num_tokens for row in ours]
+        assert counts == [row.num_tokens for row in theirs], "the same rows, the same tokens"
+        sums = [[row.loss_sum for row in rows] for rows in (ours, theirs)]
+        metrics[LOSS] = compare(sums[0], sums[1], counts, SAME_LOSS)
         changed = _most_changed(first, other)
+    for name, task in first.tasks.items():
+        scored = [
+            [a.score for a in answers] for answers in (task.answers, other.tasks[name].answers)
+        ]
+        metrics[name] = compare(scored[0], scored[1])
     same_text = None
-    if first.answers and other.answers:
-        right = [[float(a.is_right) for a in scores.answers] for scores in (first, other)]
-        metrics["exact_match"] = compare(right[0], right[1])
-        pairs = zip(first.answers, other.answers, strict=True)
+    if asked := _written(first):
+        pairs = zip(asked.answers, other.tasks[asked.task.name].answers, strict=True)
         same_text = sum(a.written == b.written for a, b in pairs)
     return Paired(first.name, other.name, metrics, changed, same_text)
+
+
+def _written(scores: Scores) -> TaskScore | None:
+    """The first task in which the model writes."""
+    return next((task for task in scores.tasks.values() if task.task.generates), None)
 
 
 def _most_changed(first: Scores, other: Scores) -> Changed:
     assert first.heldout is not None
     assert other.heldout is not None
     rows = [
-        (where, ours / count, theirs / count)
-        for where, (ours, count), (theirs, _) in zip(
+        (where, ours.loss_sum / ours.num_tokens, theirs.loss_sum / ours.num_tokens)
+        for where, ours, theirs in zip(
             first.places, first.heldout.rows, other.heldout.rows, strict=True
         )
-        if count
+        if ours.num_tokens
     ]
     rows.sort(key=lambda row: -abs(row[1] - row[2]))
     return tuple(row for row in rows[:_NUM_CHANGED] if abs(row[1] - row[2]) > SAME_LOSS)
@@ -97,8 +108,8 @@ def refuse_worse(against: Sequence[Paired]) -> None:
                 f"that would be chance in {100 * smallest_p(num_rows):.1f} % of all cases, and "
                 f"{100 * level:.1f} % are the limit"
             )
-        is_worse = found.difference > SAME_LOSS if name == "loss" else found.difference < 0
-        p_value = found.p_higher if name == "loss" else found.p_lower
+        is_worse = found.difference > SAME_LOSS if name == LOSS else found.difference < 0
+        p_value = found.p_higher if name == LOSS else found.p_lower
         if is_worse and p_value < level:
             worse.append(f"{pair.first} is worse than {pair.other}: {_sentence(name, found)}")
     if worse:
@@ -107,14 +118,14 @@ def refuse_worse(against: Sequence[Paired]) -> None:
 
 def _sentence(name: str, found: Comparison) -> str:
     """One comparison in words."""
-    if name == "loss":
+    if name == LOSS:
         amounts = [f"{x:+.4f}" for x in (found.difference, found.low, found.high)]
         better, worse = found.num_lower, found.num_higher
     else:
         amounts = [f"{100 * x:+.1f} %" for x in (found.difference, found.low, found.high)]
         better, worse = found.num_higher, found.num_lower
     return (
-        f"{name.replace('_', ' ')} {amounts[0]} (95 %: {amounts[1]} to {amounts[2]}), "
+        f"{_words(name)} {amounts[0]} (95 %: {amounts[1]} to {amounts[2]}), "
         f"p {found.p_value:.2g}; better on {better:,} rows, worse on {worse:,}, "
         f"same on {found.num_same:,}"
     )
@@ -126,8 +137,8 @@ def line(scores: Scores) -> str:
     if scores.heldout:
         result = scores.heldout
         parts.append(f"loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
-    if scores.exact_match is not None:
-        parts.append(f"exact match {100 * scores.exact_match:.1f} % of {len(scores.answers)}")
+    for name, task in scores.tasks.items():
+        parts.append(f"{_words(name)} {100 * task.score:.1f} % of {len(task.answers):,}")
     return ", ".join(parts)
 
 
@@ -137,32 +148,69 @@ def as_json(scores: Sequence[Scores], against: Sequence[Paired]) -> dict[str, An
     if against:
         result["against"] = [other.as_json() for other in scores[1:]]
         result["compared"] = {pair.other: pair.as_json() for pair in against}
-        if scores[0].answers:
+        if _written(scores[0]):
             result["same_text"] = {pair.other: pair.num_same_text for pair in against}
     return result
 
 
 def table(scores: Sequence[Scores], against: Sequence[Paired] = ()) -> str:
     """Models as columns, overall and by group; below, each difference with its interval."""
-    rows: list[list[str]] = [["", *(s.name for s in scores)]]
-    if all(s.heldout for s in scores):
-        rows.append(["loss", *(f"{s.heldout.loss:.4f}" for s in scores if s.heldout)])
-        rows.append(["perplexity", *(f"{s.heldout.perplexity:.2f}" for s in scores if s.heldout)])
-    if all(s.answers for s in scores):
-        count = len(scores[0].answers)
-        if against:
-            same = [f"{pair.num_same_text}/{count}" for pair in against]
-            rows.append([f"same text as {scores[0].name}", "", *same])
-        rows.append(["exact match", *(_share(_overall(s)) for s in scores)])
-        for column in GROUP_COLUMNS:
-            groups = [s.by_group(column) for s in scores]
-            for value in groups[0]:
-                rows.append([f"  {column} {value}", *(_share(g[value]) for g in groups)])
+    rows: list[list[str]] = [["", *(s.name for s in scores)], *_loss_rows(scores)]
+    if (asked := _written(scores[0])) and against:
+        same = [f"{pair.num_same_text}/{len(asked.answers)}" for pair in against]
+        rows.append([f"same text as {scores[0].name}", "", *same])
+    for name in scores[0].tasks:
+        rows += _task_rows(name, [s.tasks[name] for s in scores])
     lines = _aligned(rows)
     for pair in against:
         lines += ["", f"{pair.first} against {pair.other}"]
         lines += [f"  {_sentence(name, found)}" for name, found in pair.metrics.items()]
     return "\n".join(lines)
+
+
+def _loss_rows(scores: Sequence[Scores]) -> list[list[str]]:
+    losses = [s.heldout for s in scores if s.heldout]
+    if len(losses) < len(scores):
+        return []
+    rows = [
+        ["loss", *(f"{loss.loss:.4f}" for loss in losses)],
+        ["perplexity", *(f"{loss.perplexity:.2f}" for loss in losses)],
+        ["bits per byte", *(_or_none(s.bits_per_byte, ".4f") for s in scores)],
+        ["token accuracy", *(f"{100 * loss.token_accuracy:.1f} %" for loss in losses)],
+    ]
+    if any(s.divergence for s in scores):
+        found = [_or_none(s.divergence[0] if s.divergence else None, ".2g") for s in scores]
+        rows.append(["KL from the trained", *found])
+    for name, groups in (("source", "by_source"), ("answer", "by_turn")):
+        parts = [getattr(s, groups)() for s in scores]
+        if len(parts[0]) > 1:
+            rows += [[f"  {name} {k}", *(f"{p[k].loss:.4f}" for p in parts)] for k in parts[0]]
+    return rows
+
+
+def _task_rows(name: str, found: Sequence[TaskScore]) -> list[list[str]]:
+    rows = [[_words(name), *(_total(task) for task in found)]]
+    for column in GROUP_COLUMNS:
+        groups = [task.by_group(column) for task in found]
+        for value in groups[0]:
+            rows.append([f"  {column} {value}", *(_share(*group[value]) for group in groups)])
+    return rows
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _or_none(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _total(task: TaskScore) -> str:
+    """The score; with the count of right answers where every one is right or wrong."""
+    if all(answer.score in (0.0, 1.0) for answer in task.answers):
+        right = sum(int(answer.score) for answer in task.answers)
+        return _share(right, len(task.answers))
+    return f"{100 * task.score:5.1f} %"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -177,10 +225,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def _overall(scores: Scores) -> tuple[int, int]:
-    return sum(a.is_right for a in scores.answers), len(scores.answers)
-
-
-def _share(right_of: tuple[int, int]) -> str:
-    right, count = right_of
-    return f"{100 * right / count:5.1f} % ({right}/{count})"
+def _share(right: float, count: int) -> str:
+    amount = f"{right:.0f}" if right == int(right) else f"{right:.1f}"
+    return f"{100 * right / count:5.1f} % ({amount}/{count})"

@@ -1,21 +1,26 @@
-"""Held-out rows scored two ways: loss per trained token, and exact match of greedy answers."""
+"""One model's numbers on held-out rows and tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.answers import chosen_answers, sampling_of, written_answers
+from finetune.config import EvalSection
+from finetune.config.task import Task
 from finetune.errors import InputError
 from finetune.files import read_rows
-from finetune.heldout import HeldoutLoss, score
+from finetune.heldout import HeldoutLoss, RowScore, score, total_of
 from finetune.inference import Opened, Sampling, continue_prompts
 from finetune.llama.tokenizer import encode_text
 from finetune.prepared import Document
-from finetune.shapes import Example
-
-GROUP_COLUMNS = ("family", "template")
+from finetune.scorers import make
+from finetune.scorers.multiple_choice import MultipleChoice
+from finetune.tasks import GROUP_COLUMNS, Question, groups_of
+from finetune.tokens import text_bytes
 
 
 @dataclass(frozen=True)
@@ -24,20 +29,62 @@ class Answer:
 
     Attributes:
         where: the row.
-        expected: the answer of the data.
-        written: what the model wrote.
+        prompt: as the model saw it.
+        expected: the answers of the data; any of them is right.
+        written: what the model wrote or chose.
+        score: from 0 to 1.
         groups: column -> value, for the breakdown.
     """
 
     where: str
-    expected: str
+    prompt: str
+    expected: tuple[str, ...]
     written: str
-    groups: dict[str, str]
+    score: float
+    groups: Mapping[str, str]
 
-    @property
-    def is_right(self) -> bool:
-        """Equal but for spaces around."""
-        return self.written.strip() == self.expected.strip()
+    def as_json(self) -> dict[str, Any]:
+        """A line of the answers' file."""
+        names = ("where", "prompt", "expected", "written", "score")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One model on one task.
+
+    Attributes:
+        task: as configured.
+        scorer_version: of the scorer.
+        score: of all answers together.
+        answers: in the order of the rows.
+    """
+
+    task: Task
+    scorer_version: int
+    score: float
+    answers: tuple[Answer, ...]
+
+    def by_group(self, column: str) -> dict[str, tuple[float, int]]:
+        """Value of a column -> (sum of the scores, answers)."""
+        result: dict[str, tuple[float, int]] = {}
+        for answer in self.answers:
+            if value := answer.groups.get(column):
+                total, count = result.get(value, (0, 0))
+                result[value] = (total + answer.score, count + 1)
+        whole = {v: (int(s) if s == int(s) else s, n) for v, (s, n) in result.items()}
+        return dict(sorted(whole.items()))
+
+    def as_json(self) -> dict[str, Any]:
+        """Of the result's files."""
+        return {
+            "scorer": self.task.scorer,
+            "scorer_version": self.scorer_version,
+            "version": self.task.version,
+            "score": self.score,
+            "answers": len(self.answers),
+            "groups": {c: g for c in GROUP_COLUMNS if (g := self.by_group(c))},
+        }
 
 
 @dataclass(frozen=True)
@@ -47,83 +94,132 @@ class Scores:
     Attributes:
         name: the model's.
         heldout: loss sums; None where only answers were asked for.
-        answers: to the rows' last questions; empty where none were asked for.
+        tasks: what was asked, by name.
         places: where each row of `heldout` is from.
+        num_bytes: of the text of each row's answers.
+        divergence: KL(trained ‖ this model) in nats a token, and at how many tokens; None where the
+            run kept nothing to compare with.
     """
 
     name: str
     heldout: HeldoutLoss | None
-    answers: tuple[Answer, ...]
+    tasks: Mapping[str, TaskScore]
     places: tuple[str, ...] = ()
+    num_bytes: tuple[int, ...] = ()
+    divergence: tuple[float, int] | None = None
 
     @property
-    def exact_match(self) -> float | None:
-        """Share of right answers."""
-        if not self.answers:
-            return None
-        return sum(a.is_right for a in self.answers) / len(self.answers)
+    def bits_per_byte(self) -> float | None:
+        """Bits for each byte of the scored text; comparable between tokenizers."""
+        total = sum(self.num_bytes)
+        return self.heldout.loss_sum / math.log(2) / total if self.heldout and total else None
 
-    def by_group(self, column: str) -> dict[str, tuple[int, int]]:
-        """Value of a column -> (right answers, answers)."""
-        result: dict[str, tuple[int, int]] = {}
-        for answer in self.answers:
-            if value := answer.groups.get(column):
-                right, count = result.get(value, (0, 0))
-                result[value] = (right + answer.is_right, count + 1)
-        return dict(sorted(result.items()))
+    def by_source(self) -> dict[str, HeldoutLoss]:
+        """File -> its rows alone."""
+        return self._rows_by(lambda index: self.places[index].rpartition(":")[0])
+
+    def by_turn(self) -> dict[str, HeldoutLoss]:
+        """Number of the trained answer in its row, from 1 -> the loss on these answers alone."""
+        assert self.heldout is not None
+        turns: dict[int, list[RowScore]] = {}
+        for row in self.heldout.rows:
+            for number, span in enumerate(row.spans, start=1):
+                turns.setdefault(number, []).append(RowScore((span,)))
+        return {str(number): total_of(rows) for number, rows in sorted(turns.items())}
+
+    def _rows_by(self, key: Callable[[int], str]) -> dict[str, HeldoutLoss]:
+        assert self.heldout is not None
+        groups: dict[str, list[RowScore]] = {}
+        for index, row in enumerate(self.heldout.rows):
+            groups.setdefault(key(index), []).append(row)
+        return {
+            name: total_of(rows) for name, rows in groups.items() if any(r.num_tokens for r in rows)
+        }
 
     def as_json(self) -> dict[str, Any]:
-        """The numbers of the command-line contract, and the exact match where it was asked."""
+        """The numbers of the command-line contract, and those of the tasks."""
         result: dict[str, Any] = {"model": self.name}
         if self.heldout:
             result |= self.heldout.as_json()
-        if self.answers:
-            result |= {"exact_match": self.exact_match, "answers": len(self.answers)}
-            result["groups"] = {c: g for c in GROUP_COLUMNS if (g := self.by_group(c))}
+            result |= {"bits_per_byte": self.bits_per_byte, "bytes": sum(self.num_bytes)}
+            for name, groups in (("by_source", self.by_source()), ("by_turn", self.by_turn())):
+                result[name] = {key: loss.as_json() for key, loss in groups.items()}
+        if self.divergence:
+            result["kl_from_trained"], result["kl_tokens"] = self.divergence
+        if self.tasks:
+            result["tasks"] = {name: task.as_json() for name, task in self.tasks.items()}
+        if exact := self.tasks.get("exact_match"):
+            result |= {"exact_match": exact.score, "answers": len(exact.answers)}
+            result["groups"] = exact.as_json()["groups"]
         return result
 
 
-def score_model(
-    opened: Opened, documents: Sequence[Document], batch_size: int, max_new_tokens: int, ask: bool
+def score_rows_and_tasks(
+    opened: Opened,
+    documents: Sequence[Document],
+    questions: Mapping[str, Sequence[Question]],
+    settings: EvalSection,
+    store: Path | None = None,
 ) -> Scores:
-    """Loss on the documents and, if asked, greedy answers to their last question."""
-    heldout = score(opened.model, documents, batch_size, opened.device)
-    answers = ask_last_questions(opened, documents, max_new_tokens) if ask else ()
+    """Loss on the documents, and the answers to each task's questions.
+
+    Args:
+        questions: task's name -> its questions; tasks without any are left out.
+        store: folder in which answers are kept while they are written.
+    """
+    heldout = score(opened.model, documents, settings.per_device_eval_batch_size, opened.device)
     places = tuple(document.example.where for document in documents)
-    return Scores(opened.name, heldout, tuple(answers), places)
+    num_bytes = tuple(sum(text_bytes(opened.base.tokenizer, d)) for d in documents)
+    tasks, written = {}, _Written(opened, settings, store)
+    for task in settings.tasks:
+        if asked := questions.get(task.name):
+            tasks[task.name] = _judged(opened, task, asked, written.answers(task, asked))
+    return Scores(opened.name, heldout, tasks, places, num_bytes)
 
 
-def ask_last_questions(
-    opened: Opened, documents: Sequence[Document], max_new_tokens: int
-) -> list[Answer]:
-    """The model's own greedy answer to the last question of every conversation."""
-    chat_format = opened.base.chat_format
-    assert chat_format is not None, "plain text asks nothing"
-    asked = [d for d in documents if d.example.messages[-1]["role"] == "assistant"]
-    tokenizer = opened.base.tokenizer
-    prompts = [
-        chat_format.prompt(tokenizer, d.example.messages[:-1], tools=d.example.tools) for d in asked
-    ]
-    written = continue_prompts(opened, prompts, Sampling(max_new_tokens))
-    stops = set(chat_format.stop_ids(tokenizer))
-    return [
-        _answer(d.example, _expected(d, prompt, stops, tokenizer), tokenizer.decode(ids))
-        for d, prompt, ids in zip(asked, prompts, written, strict=True)
-    ]
+class _Written:
+    """Answers by how they were asked for, so that two scorers of one question ask once."""
+
+    def __init__(self, opened: Opened, settings: EvalSection, store: Path | None) -> None:
+        self._opened, self._settings, self._store = opened, settings, store
+        self._known: dict[tuple[tuple[tuple[int, ...], ...], Sampling], list[str]] = {}
+
+    def answers(self, task: Task, questions: Sequence[Question]) -> list[str]:
+        scorer = make(task.scorer, task.scorer_kwargs)
+        if isinstance(scorer, MultipleChoice):
+            batch_size = self._settings.per_device_eval_batch_size
+            return chosen_answers(self._opened, questions, scorer, batch_size)
+        sampling = sampling_of(task, self._settings.max_new_tokens)
+        key = (tuple(question.prompt for question in questions), sampling)
+        if key not in self._known:
+            texts = written_answers(self._opened, questions, sampling, self._store)
+            self._known[key] = texts
+        return self._known[key]
 
 
-def _expected(document: Document, prompt: list[int], stops: set[int], tokenizer: Any) -> str:
-    """The last answer: its text, or a tool call as the prompt format writes it."""
-    message = document.example.messages[-1]
-    if not message.get("tool_calls"):
-        return str(message["content"])
-    ids = [i for i in document.input_ids[len(prompt) :] if i not in stops]
-    return str(tokenizer.decode(ids))
+def _judged(
+    opened: Opened, task: Task, questions: Sequence[Question], written: Sequence[str]
+) -> TaskScore:
+    """The answers with their scores.
 
-
-def _answer(example: Example, expected: str, written: str) -> Answer:
-    groups = {c: str(example.extra[c]) for c in GROUP_COLUMNS if c in example.extra}
-    return Answer(example.where, expected, written, groups)
+    Raises:
+        InputError: a scorer could not judge an answer; all rows of that kind together.
+    """
+    scorer, findings, answers = make(task.scorer, task.scorer_kwargs), [], []
+    for question, text in zip(questions, written, strict=True):
+        try:
+            found = scorer.score(text, question.expected)
+        except InputError as error:
+            findings += [f"eval.tasks.{task.name}, {question.where}: {f}" for f in error.findings]
+            continue
+        prompt = opened.base.tokenizer.decode(list(question.prompt))
+        answers.append(
+            Answer(question.where, prompt, question.expected, text, found, question.groups)
+        )
+    if findings:
+        raise InputError(findings)
+    total = scorer.total(written, [question.expected for question in questions])
+    return TaskScore(task, scorer.version, total, tuple(answers))
 
 
 def probe(opened: Opened, path: Path) -> Scores:
@@ -134,7 +230,26 @@ def probe(opened: Opened, path: Path) -> Scores:
     Raises:
         InputError: rows without a prompt or an answer.
     """
-    tokenizer, answers = opened.base.tokenizer, []
+    rows = _probe_rows(path)
+    tokenizer, task = opened.base.tokenizer, Task(name="exact_match", scorer="exact_match")
+    bos = [tokenizer.bos_token_id]
+    prompts = [bos + encode_text(tokenizer, row["prompt"]) for _, row in rows]
+    longest = max(len(encode_text(tokenizer, row["answer"])) for _, row in rows)
+    continued = continue_prompts(opened, prompts, Sampling(longest + 4))
+    scorer, answers = make("exact_match", {}), []
+    for (where, row), prompt, ids in zip(rows, prompts, continued, strict=True):
+        # Decoded together with the prompt: the space between them belongs to the text.
+        start = len(tokenizer.decode(prompt, skip_special_tokens=True))
+        text = tokenizer.decode(prompt + ids, skip_special_tokens=True)[start:].strip()
+        expected, said = (row["answer"],), text[: len(row["answer"])]
+        right = scorer.score(said, expected)
+        answers.append(Answer(where, row["prompt"], expected, said, right, groups_of(row)))
+    share = math.fsum(answer.score for answer in answers) / len(answers)
+    scores = TaskScore(task, scorer.version, share, tuple(answers))
+    return Scores(opened.name, None, {"exact_match": scores})
+
+
+def _probe_rows(path: Path) -> Sequence[tuple[str, Mapping[str, Any]]]:
     rows = [(row.where, row.columns) for row in read_rows(path)]
     findings = [
         f"{where}: {key} is not text; a probe's row has prompt and answer"
@@ -144,14 +259,4 @@ def probe(opened: Opened, path: Path) -> Scores:
     ]
     if findings:
         raise InputError(findings)
-    bos = [tokenizer.bos_token_id]
-    prompts = [bos + encode_text(tokenizer, row["prompt"]) for _, row in rows]
-    longest = max(len(encode_text(tokenizer, row["answer"])) for _, row in rows)
-    continued = continue_prompts(opened, prompts, Sampling(longest + 4))
-    for (where, row), prompt, ids in zip(rows, prompts, continued, strict=True):
-        # Decoded together with the prompt: the space between them belongs to the text.
-        start = len(tokenizer.decode(prompt, skip_special_tokens=True))
-        text = tokenizer.decode(prompt + ids, skip_special_tokens=True)[start:].strip()
-        groups = {c: str(row[c]) for c in GROUP_COLUMNS if c in row}
-        answers.append(Answer(where, row["answer"], text[: len(row["answer"])], groups))
-    return Scores(opened.name, None, tuple(answers))
+    return rows

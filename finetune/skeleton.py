@@ -190,9 +190,10 @@ def attached_skeleton(
     llama = _empty_llama(base)
     if quantized is not None:
         _make_quantized(llama, quantized)
-    source = AdapterFolder(adapter) if isinstance(adapter, Path) else adapter
-    with settings_of(adapter) if isinstance(adapter, Path) else contextlib.nullcontext():
-        return _attached(llama, source, dtype)
+    if not isinstance(adapter, Path):
+        return _attached(llama, adapter, dtype)
+    with settings_of(adapter, [name for name, _ in llama.named_modules()]):
+        return _attached(llama, AdapterFolder(adapter), dtype)
 
 
 def _attached(llama: LlamaForCausalLM, source: AdapterSource, dtype: torch.dtype) -> Skeleton:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import set_seed
 
-from finetune import adapters, artifact, checkpoint, identity
+from finetune import adapters, artifact, checkpoint, identity, witness
 from finetune.batching import first_rows, steps_of
 from finetune.config import RunConfig
 from finetune.config.adapter import READS_DATA
@@ -21,6 +21,7 @@ from finetune.data import RunData, load_data
 from finetune.data_starts import NUM_TOKENS, StartInputs
 from finetune.drift import acting_settings
 from finetune.errors import CannotContinue, CheckFailed, InputError
+from finetune.llama.downloads import read_json_object
 from finetune.llama.safetensors_pieces import Stored, stored_tensors
 from finetune.llama.tokenizer import save_tokenizer
 from finetune.model import (
@@ -34,6 +35,7 @@ from finetune.model import (
 from finetune.preview import show_example
 from finetune.recipes import Parts
 from finetune.recipes.assembly import uses_bf16_autocast
+from finetune.revisions import rows_as_begun, warn_of_rows, warn_unpinned
 from finetune.run_folder import RunFolder, environment
 
 if TYPE_CHECKING:
@@ -57,20 +59,21 @@ def prepare_base(config: RunConfig, run: RunFolder, first: bool) -> Base:
         _say(f"base     {base.name}: prompt format {name}, {len(base.tokenizer):,} token ids")
         fingerprint = base.fingerprint()
         _refuse_other_base(run, fingerprint)
-        facts = {"base_revision": base.revision, "base_fingerprint": fingerprint}
-        artifact.write_json(_environment_file(run), {**environment(), **facts})
+        warn_unpinned("base.revision", config.base.revision, base.revision)
+        facts = {
+            "base_hub_id": base.name if base.revision else None,
+            "base_revision": base.revision,
+            "base_fingerprint": fingerprint,
+        }
+        artifact.write_json(run.environment_file, {**environment(), **facts})
     return base
 
 
-def _environment_file(run: RunFolder) -> Path:
-    return run.path / "environment.json"
-
-
 def _refuse_other_base(run: RunFolder, fingerprint: str) -> None:
-    path = _environment_file(run)
+    path = run.environment_file
     if not checkpoint.list_checkpoints(run.checkpoints) or not path.exists():
         return
-    if artifact.read_json(path).get("base_fingerprint") != fingerprint:
+    if read_json_object(path).get("base_fingerprint") != fingerprint:
         raise CheckFailed(
             f"{run.path}: its checkpoints were trained on another base; the base's files have "
             "changed since. Put them back, or choose another run.name"
@@ -86,12 +89,13 @@ def prepare_data(
         allowed: settings that may have changed; one of `data` may change the rows.
     """
     with first_rank_first(first):
-        data = load_data(config, base.tokenizer, base.chat_format)
+        data = load_data(rows_as_begun(config, run), base.tokenizer, base.chat_format)
     if first:
         facts = data.as_json()
+        warn_of_rows(config, data.file_hashes)
         if not any(key.startswith("data.") for key in allowed):
             _refuse_other_rows(run, facts)
-        artifact.write_json(run.path / "data.json", facts)
+        artifact.write_json(run.data_file, facts)
         _say("\n".join(data.lines()))
         _say(show_example(base.tokenizer, data.train[0]))
     return data
@@ -99,13 +103,15 @@ def prepare_data(
 
 def _refuse_other_rows(run: RunFolder, found: dict[str, Any]) -> None:
     """A run that goes on sees the rows it began with, or its order means nothing."""
-    path = run.path / "data.json"
+    path = run.data_file
     if not checkpoint.list_checkpoints(run.checkpoints) or not path.exists():
         return
-    before = artifact.read_json(path)
-    if before["documents_sha256"] == found["documents_sha256"]:
+    before = read_json_object(path)
+    if before.get("documents_sha256") == found["documents_sha256"]:
         return
-    changed = [name for name, hash_ in found["files"].items() if before["files"].get(name) != hash_]
+    files = before.get("files")
+    known = files if isinstance(files, dict) else {}
+    changed = [name for name, hash_ in found["files"].items() if known.get(name) != hash_]
     what = ", ".join(changed) or "not the files, but how they are rendered,"
     raise InputError(
         f"{run.path}: its checkpoints were trained on other rows; {what} changed since. "
@@ -181,7 +187,7 @@ def what_it_trains_on(
     config: RunConfig, run: RunFolder, base: Base, data: RunData
 ) -> dict[str, Any]:
     """By hash: the settings with a say in the numbers, the documents, the base, its tokenizer."""
-    known = artifact.read_json(_environment_file(run))
+    known = read_json_object(run.environment_file)
     return {
         "config_sha256": artifact.sha256_of_json(acting_settings(config)),
         "documents_sha256": data.documents_sha256,
@@ -195,6 +201,32 @@ def describe_steps(parts: Parts, plan: BatchPlan) -> str:
     return steps_of(parts.config, parts.data, plan).line()
 
 
+def warn_of_last_weights(config: RunConfig) -> None:
+    """Early stopping alone publishes the weights it stopped at, which are past the best."""
+    train = config.train
+    if train.early_stopping_patience is not None and not train.load_best_model_at_end:
+        _say(
+            "warning: train.early_stopping_patience without train.load_best_model_at_end: the last "
+            "weights are published, not the best"
+        )
+
+
+def notes_on_the_end(trainer: OurSeams) -> list[str]:
+    """An early stop, and a held-out loss that training did not improve."""
+    if trainer.last_heldout is None:
+        return []
+    return trainer.best.notes(trainer.step_of_weights, trainer.last_heldout[1].loss)
+
+
+def keep_witness(run: RunFolder, trainer: OurSeams, first: bool) -> None:
+    """What the model to be published says now, for comparison with what is loaded from disk."""
+    if first:
+        documents = trainer.ours.heldout or trainer.ours.train
+        model: Any = trainer.model
+        rows = witness.choose(documents, model.config.vocab_size)
+        witness.keep(run.witness, model, rows, trainer.args.device)
+
+
 def publish(run: RunFolder, base: Base, trainer: OurSeams, first: bool) -> None:
     """Writes the trained adapter, or the trained model, with a manifest that names its base."""
     if first:
@@ -202,14 +234,14 @@ def publish(run: RunFolder, base: Base, trainer: OurSeams, first: bool) -> None:
         target = run.adapter if is_adapter else run.model
         if target.exists():  # published before the process died; run.json was not
             artifact.remove(target)
-        known = artifact.read_json(_environment_file(run))
+        known = read_json_object(run.environment_file)
         facts = {
             "kind": "adapter" if is_adapter else "model",
             "base": base.name,
             "base_revision": base.revision,
             # of the files as they were when the run started, whatever has become of them since
             **base.identity(known["base_fingerprint"]).facts(),
-            "step": trainer.state.global_step,
+            "step": trainer.step_of_weights,
             "heldout_loss": trainer.last_heldout[1].loss if trainer.last_heldout else None,
         }
         with artifact.staged(target, facts) as stage:

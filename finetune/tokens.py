@@ -77,6 +77,24 @@ def control_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     return frozenset([*tokenizer.all_special_ids, *(i for i, token in added if token.special)])
 
 
+def text_bytes(tokenizer: PreTrainedTokenizerFast, document: Document) -> list[int]:
+    """UTF-8 bytes of each answer's text (`Document.answer_lengths`): without control tokens, and
+    without white space around it, which belongs to the prompt format and not to what was said.
+    """
+    control, byte_level = _control_ids(tokenizer), is_byte_level(tokenizer)
+    counted = zip(document.input_ids[1:], document.train_mask[1:], strict=True)
+    runs = [list(run) for trained, run in itertools.groupby(counted, lambda x: x[1]) if trained]
+    pieces = [
+        tokenizer.convert_ids_to_tokens([i for i, _ in run if i not in control]) for run in runs
+    ]
+    return [len(b"".join(_bytes_of(p, byte_level) for p in said).strip()) for said in pieces]
+
+
+@functools.lru_cache(maxsize=4)
+def _control_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    return control_ids(tokenizer)
+
+
 def is_byte_level(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether pieces are spelled in letters for bytes (Llama 3), not in SentencePiece's way."""
     return "ByteLevel" in type(tokenizer.backend_tokenizer.decoder).__name__

@@ -55,9 +55,11 @@ def train(loaded: Loaded, allowed: Sequence[str] = ()) -> int:
     Raises:
         FinetuneError: with the exit code of the contract; run.json says the same.
     """
+    from finetune import trackers
     from finetune.run_folder import locked, open_run, run_of
 
     check_launch()
+    trackers.refuse_missing(loaded.config.train.report_to)
     _use_all_cores()
     run = open_run(loaded, allowed) if is_first_rank() else run_of(loaded)
     if run.is_finished:
@@ -65,12 +67,14 @@ def train(loaded: Loaded, allowed: Sequence[str] = ()) -> int:
         return 0
     from finetune.stages import leave_ranks
 
+    notes: list[str] = []
     try:
         with contextlib.ExitStack() as stack:
             if is_first_rank():
                 stack.enter_context(locked(run))
-                stack.enter_context(_state_recorded(run))
-            _train(loaded, run, allowed)
+                notes = stack.enter_context(_state_recorded(run))
+            trackers.keep_local(loaded.config.train.report_to, run.path)
+            notes += _train(loaded, run, allowed)
     except Interrupted:
         leave_ranks()
         raise
@@ -78,7 +82,8 @@ def train(loaded: Loaded, allowed: Sequence[str] = ()) -> int:
     return 0
 
 
-def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> None:
+def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> list[str]:
+    """The stages in their order. Returns what a person should know of how training ended."""
     from finetune import checkpoint, resume, stages
     from finetune.monitor import Progress, StepMetrics, StopAtBoundary, stop_on_signals
     from finetune.recipes import RECIPES
@@ -95,7 +100,8 @@ def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> None:
     _check_ranks(trainer.accelerator.num_processes)
     if is_first_rank():
         _say(stages.describe_steps(parts, trainer.ours.plan))
-        keep = config.train.save_total_limit
+        stages.warn_of_last_weights(config)
+        keep = config.train.save_total_limit + config.train.load_best_model_at_end
         checkpoint.refuse_small_disk(model, config.train.optim, keep, run.path)
     resumed = resume.choose_checkpoint(parts, run, is_first_rank(), allowed)
     with stop_on_signals() as flag:
@@ -109,21 +115,28 @@ def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> None:
             if stop.stopped:
                 step = trainer.state.global_step
                 raise Interrupted(f"stopped after step {step}, saved; the same command goes on")
-            if trainer.ours.heldout:
-                trainer.evaluate()
         finally:
             metrics.close()
     refuse_changed(frozen, model)
     place.refuse_another()
+    stages.keep_witness(run, trainer, is_first_rank())
     stages.publish(run, base, trainer, is_first_rank())
+    notes = stages.notes_on_the_end(trainer)
+    for note in notes:
+        _say(f"note     {note}")
+    return notes
 
 
 @contextlib.contextmanager
-def _state_recorded(run: RunFolder) -> Iterator[None]:
-    """Keeps run.json true: running, then finished, or the exit code and the reason."""
+def _state_recorded(run: RunFolder) -> Iterator[list[str]]:
+    """Keeps run.json true: running, then finished, or the exit code and the reason.
+
+    Yields a list for what a person should know of a run that finishes.
+    """
     run.write_state(state="running", exit_code=None, reason=None)
+    notes: list[str] = []
     try:
-        yield
+        yield notes
     except BaseException as error:
         state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
         reason = str(error) if isinstance(error, FinetuneError) else type(error).__name__
@@ -132,7 +145,7 @@ def _state_recorded(run: RunFolder) -> Iterator[None]:
         except CannotContinue as other:  # the disk that ended the run, as a rule
             _say(f"warning: {other}")
         raise
-    run.write_state(state="finished", exit_code=0, reason=None)
+    run.write_state(state="finished", exit_code=0, reason="; ".join(notes) or None)
 
 
 _RENDEZVOUS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -3,7 +3,8 @@
 `class SftTrainer(OurSeams, SFTTrainer)`: the engine (accelerate, mixed precision, DDP, trackers,
 schedules) stays TRL's and transformers'. Ours are what is trained on (`get_train_dataloader`),
 the loss (`compute_loss`), the checkpoints (`_save_checkpoint` and its loaders) and the held-out
-loss (`evaluate`). Source of the facts about the engine: the installed transformers 5.23.
+loss (`evaluation.EvaluationSeam`). Source of the facts about the engine: the installed transformers
+5.23.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft.optimizers import create_loraplus_optimizer
-from transformers import Trainer, TrainerControl
 
 from finetune import checkpoint
-from finetune.artifact import Place, make_folder, read_json, staged, write_json
+from finetune.artifact import Place, make_folder, staged, write_json
+from finetune.best import BestWatch, Rules
+from finetune.collectives import gather_objects, sum_over_ranks
 from finetune.errors import CannotContinue
+from finetune.evaluation import EvaluationSeam
 from finetune.fast.loss import IGNORED, Packed, token_losses
-from finetune.heldout import HeldoutLoss, document_losses, score_rows, total_of
+from finetune.heldout import document_losses
 from finetune.packing import FILLER, BatchPlan, PackLoader, PackSampler, TokenizedRows
 from finetune.prepared import Document, PreparedDocuments
 from finetune.rank_schedule import RankSchedule
@@ -44,6 +47,7 @@ class TrainerInputs:
         trained_on: what the numbers depend on, by hash, for the checkpoints' manifests.
         save_total_limit: checkpoints kept.
         eval_batch_size: documents in one forward pass of the held-out loss.
+        rules: what the held-out loss decides.
         lr_ratio: learning rate of LoRA's B over that of A (LoRA+); None where it is one rate.
         ranks: AdaLoRA's schedule; None for every other method.
         on_spike: record, skip or stop.
@@ -57,16 +61,16 @@ class TrainerInputs:
     trained_on: Mapping[str, Any]
     save_total_limit: int
     eval_batch_size: int
+    rules: Rules
     lr_ratio: float | None = None
     ranks: RankSchedule | None = None
     on_spike: str = "record"
 
 
-class OurSeams(Trainer):
+class OurSeams(EvaluationSeam):
     """Data, loss, checkpoint and evaluation seams; put before a TRL trainer in the bases."""
 
     ours: TrainerInputs
-    control: TrainerControl
     optimizer: Any
     step_loss: float = math.nan  # nats per trained token of the last step, over all ranks
     step_tokens: int = 0  # supervised tokens of the last step, over all ranks
@@ -74,7 +78,6 @@ class OurSeams(Trainer):
     step_grad_norm: float = math.nan
     step_learning_rate: float = math.nan
     step_spikes: tuple[Spike, ...] = ()
-    last_heldout: tuple[int, HeldoutLoss] | None = None
 
     def set_inputs(self, inputs: TrainerInputs) -> None:
         """Hands over the documents; the loss is divided by the step's tokens by ourselves."""
@@ -83,6 +86,8 @@ class OurSeams(Trainer):
         make_folder(inputs.checkpoints)
         self._checkpoints = Place.of(inputs.checkpoints)
         self.spikes, self._num_steps = SpikeWatch(), 0
+        self.best = BestWatch(inputs.rules)
+        self._logged_loss_sum, self._num_logged_tokens = 0.0, 0
         self._stillness = StillnessWatch(self.model)
         if inputs.ranks is not None:
             self.add_callback(inputs.ranks)
@@ -118,14 +123,14 @@ class OurSeams(Trainer):
         supervised = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
         all_tokens = sum(batch["labels"].numel() for batch in batches)
         counts = torch.tensor([supervised, all_tokens], dtype=torch.float64)
-        total = _sum_over_ranks(counts, device)
+        total = sum_over_ranks(counts, device)
         self.step_tokens, self.step_num_tokens = (int(count) for count in total.tolist())
         self._step_loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         return batches, total[0]
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """One epoch; the engine would add a step to a run that died after its last checkpoint."""
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.best.stops:
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
@@ -149,13 +154,22 @@ class OurSeams(Trainer):
             loss = loss + self.ours.ranks.penalty() / self._num_micro_batches
         return loss
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trackers get our loss, over the tokens of all steps since their last line."""
+        if "loss" in logs:
+            logs["loss"] = self._logged_loss_sum / max(self._num_logged_tokens, 1)
+            self._logged_loss_sum, self._num_logged_tokens = 0.0, 0
+        super().log(logs, start_time)
+
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
         """Called once a step before the optimizer moves: the place to stop on bad numbers."""
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
         if self.step_tokens == 0:  # fillers alone: no momentum and no decay either
             model.zero_grad(set_to_none=True)
-        total = _sum_over_ranks(self._step_loss_sum, self.args.device).item()
+        total = sum_over_ranks(self._step_loss_sum, self.args.device).item()
         self.step_loss = total / max(self.step_tokens, 1)
+        self._logged_loss_sum += total
+        self._num_logged_tokens += self.step_tokens
         self.step_grad_norm, self.step_learning_rate = norm, self._get_learning_rate()
         if not math.isfinite(self.step_loss) or not math.isfinite(norm):
             raise CannotContinue(self._what_is_not_finite(model, norm))
@@ -201,31 +215,10 @@ class OurSeams(Trainer):
         losses = document_losses(self.model, documents, self.args.device)
         return [(d.example.where, loss) for d, loss in zip(documents, losses, strict=True)]
 
-    # --- evaluation ---------------------------------------------------------------------------
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The held-out loss as sum over count, over all ranks; once for each step."""
-        step = self.state.global_step
-        if self.last_heldout is not None and self.last_heldout[0] == step:
-            return _as_metrics(self.last_heldout[1])
-        self.last_heldout = (step, self._score_heldout())
-        metrics = _as_metrics(self.last_heldout[1])
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
-
-    def _score_heldout(self) -> HeldoutLoss:
-        ranks, rank = self.args.world_size, self.args.process_index
-        mine = self.ours.heldout[rank::ranks]
-        rows = score_rows(self.model, mine, self.ours.eval_batch_size, self.args.device)
-        return total_of([row for share in _gather_objects(rows) for row in share])
-
     # --- checkpoints --------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        states = _gather_objects(checkpoint.rng_state())
+        states = gather_objects(checkpoint.rng_state())
         if self.args.should_save:
             self._publish_checkpoint(states)
         if dist.is_initialized():
@@ -253,42 +246,27 @@ class OurSeams(Trainer):
             if self.ours.ranks is not None:
                 self.ours.ranks.save(stage)
             write_json(stage / checkpoint.WATCH, self.spikes.state())
-            self.state.save_to_json(str(stage / "trainer_state.json"))
+            write_json(stage / checkpoint.BEST, self.best.state())
+            self.state.save_to_json(str(stage / checkpoint.TRAINER_STATE))
         checkpoint.write_latest(self.ours.checkpoints, step)
-        checkpoint.prune(self.ours.checkpoints, self.ours.save_total_limit, folder)
+        keep, best = self.ours.save_total_limit, self.best.protected_step
+        protected = None if best is None else checkpoint.step_folder(folder.parent, best)
+        checkpoint.prune(folder.parent, keep, folder, protected)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint.refuse_other_state(Path(resume_from_checkpoint))
         checkpoint.load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
         if checkpoint_path is not None:
             checkpoint.load_optimizer(self.optimizer, Path(checkpoint_path))
             checkpoint.load_scheduler(self.lr_scheduler, Path(checkpoint_path))
-            self.spikes.restore(read_json(Path(checkpoint_path) / checkpoint.WATCH))
+            self.spikes.load(Path(checkpoint_path) / checkpoint.WATCH)
+            if (Path(checkpoint_path) / checkpoint.BEST).exists():  # not in those of old versions
+                self.best.load(Path(checkpoint_path) / checkpoint.BEST)
             if self.ours.ranks is not None:
                 self.ours.ranks.load(Path(checkpoint_path))
 
     def _load_rng_state(self, checkpoint_path: str | None) -> None:
         if checkpoint_path is not None:
             checkpoint.load_rng(Path(checkpoint_path), self.args.process_index)
-
-
-def _as_metrics(result: HeldoutLoss) -> dict[str, float]:
-    return {"eval_loss": result.loss, "eval_tokens": float(result.num_tokens)}
-
-
-def _sum_over_ranks(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Sums a float64 tensor over the ranks; one rank: the value itself."""
-    if not dist.is_initialized():
-        return value
-    value = value.clone().to(device)
-    dist.all_reduce(value)
-    return value
-
-
-def _gather_objects(value: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [value]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered

@@ -10,11 +10,13 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from finetune.errors import CannotContinue, CheckFailed
+from finetune.state_files import as_written, check_windows, read_state
 
 WINDOW, SIGMAS = 128, 6.0
 MIN_HISTORY = 32  # steps before the spread of a few numbers is taken for a rule
@@ -72,8 +74,23 @@ class SpikeWatch:
         """The windows, for a checkpoint."""
         return {name: list(window) for name, window in self._windows.items()}
 
+    def load(self, path: Path) -> None:
+        """Puts the windows of a checkpoint back.
+
+        Raises:
+            CheckFailed: the file holds none.
+        """
+        state = read_state(path)
+        with as_written(path):
+            self.restore(state)
+
     def restore(self, state: Mapping[str, Iterable[float]]) -> None:
-        """Puts the windows back."""
+        """Puts the windows back.
+
+        Raises:
+            ValueError: they are none.
+        """
+        check_windows(state, list(self._windows), WINDOW)
         for name, values in state.items():
             self._windows[name] = deque(values, maxlen=WINDOW)
 

@@ -167,7 +167,7 @@ class TestAnswers:
         head, _, *lines = capsys.readouterr().out.splitlines()
         assert head.split() == ["adapter", "base"]
         names = [line.split()[0] for line in lines if line]
-        assert {"loss", "perplexity", "exact"} <= set(names[:5])
+        assert {"loss", "perplexity", "exact"} <= set(names[:6])
         assert "  template unseen" in "\n".join(lines)
 
     def test_a_probe_continues_plain_text(self, learned, capsys, tmp_path):

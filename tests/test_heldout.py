@@ -10,11 +10,18 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tolerances import HELDOUT_BATCHES, HELDOUT_REFERENCE, HELDOUT_ROWS
+from tolerances import (
+    HELDOUT_BATCHES,
+    HELDOUT_FLOAT64,
+    HELDOUT_PADDED,
+    HELDOUT_REFERENCE,
+    HELDOUT_ROWS,
+)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from finetune.errors import CannotContinue, InputError
 from finetune.fast.loss import IGNORED, pack, token_losses
-from finetune.heldout import HeldoutLoss, evaluating, score, score_rows, total_of
+from finetune.heldout import HeldoutLoss, RowScore, Span, evaluating, score, score_rows, total_of
 from finetune.prepared import Document
 from finetune.shapes import Example
 
@@ -57,7 +64,8 @@ def test_the_loss_is_the_sum_over_the_count(tiny_llama):
     assert found.loss_sum == pytest.approx(total, rel=HELDOUT_REFERENCE)
     assert found.loss == pytest.approx(total / count, rel=HELDOUT_REFERENCE)
     assert found.perplexity == math.exp(found.loss)
-    mean_of_means = sum(s / n for s, n in found.rows if n) / sum(1 for _, n in found.rows if n)
+    means = [row.loss_sum / row.num_tokens for row in found.rows if row.num_tokens]
+    mean_of_means = sum(means) / len(means)
     assert abs(mean_of_means / found.loss - 1) > 100 * HELDOUT_REFERENCE
 
 
@@ -69,9 +77,10 @@ def test_the_number_is_the_same_for_every_batch_size(tiny_llama, preset):
         found = score(tiny_llama(preset), documents, batch_size, CPU)
         assert found.num_tokens == one_by_one.num_tokens
         assert found.loss_sum == pytest.approx(one_by_one.loss_sum, rel=HELDOUT_BATCHES)
-        assert [n for _, n in found.rows] == [d.num_trained for d in documents]
-        for (loss, _), (alone, _) in zip(found.rows, one_by_one.rows, strict=True):
-            assert loss == pytest.approx(alone, rel=HELDOUT_ROWS)
+        assert [row.num_tokens for row in found.rows] == [d.num_trained for d in documents]
+        assert found.num_right == one_by_one.num_right
+        for row, alone in zip(found.rows, one_by_one.rows, strict=True):
+            assert row.loss_sum == pytest.approx(alone.loss_sum, rel=HELDOUT_ROWS)
 
 
 def test_a_shuffled_set_has_the_same_loss(tiny_llama):
@@ -94,7 +103,8 @@ def test_the_shares_of_ranks_add_up_to_the_whole(tiny_llama, num_ranks):
 
 def test_sums_are_in_float64(tiny_llama):
     """A plain sum would lose the small losses beside the large, or the tenth's last digits."""
-    rows = [(1e16, 1), *[(0.1, 1)] * 1000, (-1e16, 1)]
+    sums = [1e16, *[0.1] * 1000, -1e16]
+    rows = [RowScore((Span(loss, 1, 1),)) for loss in sums]
     assert total_of(rows).loss_sum == pytest.approx(100, rel=1e-15)
     ids = [n * 37 % 1024 for n in range(2000)]
     long = Document(Example("long"), ids, [True] * 2000)
@@ -106,6 +116,7 @@ def test_sums_are_in_float64(tiny_llama):
     assert total_of(rows).as_json() == {
         "loss": 100 / 1002,
         "perplexity": math.exp(100 / 1002),
+        "token_accuracy": 1.0,
         "tokens": 1002,
         "rows": 1002,
     }
@@ -185,7 +196,7 @@ def test_nothing_to_score_is_refused(tiny_llama):
         with pytest.raises(InputError, match="no trained token"):
             score(tiny_llama(), documents, 4, CPU)
     assert score_rows(tiny_llama(), [], 4, CPU) == []
-    assert score_rows(tiny_llama(), untrained, 4, CPU) == [(0.0, 0)]
+    assert score_rows(tiny_llama(), untrained, 4, CPU) == [RowScore(())]
 
 
 def test_the_mode_comes_back_after_an_error(tiny_llama):
@@ -205,10 +216,81 @@ def test_a_row_is_in_the_result_with_its_own_numbers(tiny_llama):
     documents = documents_of()
     found = score(tiny_llama(), documents, 8, CPU)
     assert len(found.rows) == len(documents)
-    for document, (loss, count) in zip(documents, found.rows, strict=True):
-        if count:
+    for document, row in zip(documents, found.rows, strict=True):
+        if row.num_tokens:
             alone = score(tiny_llama(), [document], 1, CPU)
-            assert loss == pytest.approx(alone.loss_sum, rel=HELDOUT_ROWS)
+            assert row.loss_sum == pytest.approx(alone.loss_sum, rel=HELDOUT_ROWS)
         else:
-            assert loss == 0
-    assert found == HeldoutLoss(math.fsum(s for s, _ in found.rows), found.num_tokens, found.rows)
+            assert row == RowScore(())
+    total = math.fsum(row.loss_sum for row in found.rows)
+    right = sum(row.num_right for row in found.rows)
+    assert found == HeldoutLoss(total, found.num_tokens, right, found.rows)
+
+
+def padded_sum(model, documents, side: str) -> tuple[float, int]:
+    """Sum of losses and hits by transformers' own forward pass on one padded batch."""
+    width = max(len(document.input_ids) for document in documents)
+    rows = [padded_row(document, width, side) for document in documents]
+    ids, mask, trained = (torch.tensor(part) for part in zip(*rows, strict=True))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, position_ids=positions).logits[:, :-1]
+    log_p = logits.double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    hits = (logits.argmax(-1) == ids[:, 1:]) & trained[:, 1:]
+    return -(log_p * trained[:, 1:]).sum().item(), int(hits.sum())
+
+
+def norm_in_float64(self, hidden: torch.Tensor) -> torch.Tensor:
+    """transformers' goes through float32, whatever the model is in: 1e-9 would be out of reach."""
+    variance = hidden.pow(2).mean(-1, keepdim=True)
+    return self.weight * hidden * torch.rsqrt(variance + self.variance_epsilon)
+
+
+def padded_row(document: Document, width: int, side: str) -> tuple[list[int], list[int], list[int]]:
+    """Ids, attention mask and marks of the trained tokens, the padding on one side."""
+    padding = [0] * (width - len(document.input_ids))
+    ones = [1] * len(document.input_ids)
+    trained = [int(m and p > 0) for p, m in enumerate(document.train_mask)]
+    parts = (document.input_ids, ones, trained)
+    return tuple([*padding, *x] if side == "left" else [*x, *padding] for x in parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 16])
+def test_padded_batches_of_plain_transformers_have_the_same_sums(
+    tiny_llama, dtype, batch_size, monkeypatch
+):
+    """Left, right and without padding, for every batch size: one number."""
+    documents = [d for d in documents_of() if d.num_trained]
+    ours = copy.deepcopy(tiny_llama()).to(dtype)
+    plain = copy.deepcopy(tiny_llama("llama3-8b", "sdpa")).to(dtype)
+    if dtype == torch.float64:
+        monkeypatch.setattr(LlamaRMSNorm, "forward", norm_in_float64)
+    found = score(ours, documents, batch_size, CPU)
+    tolerance = HELDOUT_FLOAT64 if dtype == torch.float64 else HELDOUT_PADDED
+    for side in ("left", "right"):
+        batches = [documents[i : i + batch_size] for i in range(0, len(documents), batch_size)]
+        sums = [padded_sum(plain, batch, side) for batch in batches]
+        assert found.loss_sum == pytest.approx(math.fsum(s for s, _ in sums), rel=tolerance)
+        assert found.num_right == sum(right for _, right in sums)
+
+
+def test_a_float64_model_is_scored_in_float64(tiny_llama):
+    documents, model = documents_of(), copy.deepcopy(tiny_llama()).double()
+    one = score(model, documents, 1, CPU).loss_sum
+    for batch_size in (2, 7, 16):
+        assert score(model, documents, batch_size, CPU).loss_sum == pytest.approx(
+            one, rel=HELDOUT_FLOAT64
+        )
+
+
+def test_answers_of_a_row_are_told_apart(tiny_llama):
+    ids = [7, 3, 9, 4, 8, 2, 6, 5]
+    mask = [True, False, True, True, False, True, False, False]
+    row = score(tiny_llama(), [Document(Example("a:1"), ids, mask)], 1, CPU).rows[0]
+    assert [span.num_tokens for span in row.spans] == [2, 1]
+    for keep, span in ((slice(2, 4), row.spans[0]), (slice(5, 6), row.spans[1])):
+        alone = [False] * len(ids)
+        alone[keep] = [True] * len(alone[keep])
+        expected = score(tiny_llama(), [Document(Example("a:1"), ids, alone)], 1, CPU)
+        assert span.loss_sum == pytest.approx(expected.loss_sum, rel=HELDOUT_ROWS)

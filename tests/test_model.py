@@ -248,6 +248,23 @@ class TestTokens:
             "do_sample": False,
         }
 
+    @pytest.mark.parametrize("recipe", ["sft", "pretrain"])
+    def test_a_base_of_random_weights_stops_there_too(self, bench, recipe):
+        """Its folder is a base like any other: others generate from it with its own settings."""
+        overrides = (
+            f"recipe={recipe}",
+            *(["data.max_length=64"] if recipe == "pretrain" else []),
+            "base={architecture: {dim: 64, n_layers: 1, n_heads: 4, vocab_size: 1024}, "
+            f"tokenizer: {NANO}}}",
+        )
+        base = find_base(bench.load(*overrides).config, bench.folder / "run")
+        settings = json.loads((base.folder / "generation_config.json").read_text())
+        assert settings == generation_config(base)
+        assert settings["eos_token_id"] == 2
+        model = AutoModelForCausalLM.from_pretrained(base.folder)
+        assert model.generation_config.eos_token_id == 2
+        artifact.verify(base.folder)
+
     def test_the_tokenizer_of_preview_is_the_tokenizer_of_training(self, bench):
         base, _ = opened(bench)
         tokenizer, chat_format = read_tokenizer(bench.load().config)

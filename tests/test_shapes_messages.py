@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from row_samples import (
     ALPACA,
     ASSISTANT,
@@ -274,3 +278,27 @@ def test_rows_that_hold_something_else_are_refused_with_their_place(file, row, s
     (finding,) = refusal(path)
     assert finding.startswith(f"{path}:1: ")
     assert says in finding
+
+
+NO_JSON = [
+    datetime.date(2026, 1, 2),
+    datetime.datetime(2026, 1, 2, 3, 4),
+    decimal.Decimal("1.50"),
+    b"bytes",
+    float("nan"),
+]
+
+
+@pytest.mark.parametrize("value", NO_JSON, ids=lambda value: type(value).__name__)
+def test_what_a_table_holds_and_json_cannot_say_is_no_tool_and_no_call(tmp_path, value):
+    """The model reads them as JSON; which text is meant is for the person to say."""
+    tool = {"name": "add", "parameters": {"since": {"default": value}}}
+    call = CALLING | {"tool_calls": [CALL | {"arguments": {"since": value}}]}
+    for messages, tools, where in (
+        (CHAT, [tool], "tools[0].parameters.since.default is"),
+        ([USER | {"content": "x"}, call], [], "messages[1].tool_calls[0].arguments.since is"),
+    ):
+        rows = {"messages": [messages], **({"tools": [tools]} if tools else {})}
+        parquet.write_table(pyarrow.table(rows), tmp_path / "rows.parquet")
+        (finding,) = refusal(tmp_path / "rows.parquet")
+        assert where in finding and "write it as text" in finding

@@ -9,6 +9,12 @@ from typing import Any, Literal
 from finetune.config.section import Section, Text
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision can never be another one: a commit hash, no branch and no tag."""
+    return revision is not None and bool(_COMMIT.fullmatch(revision))
 
 
 class BaseSection(Section):
@@ -21,7 +27,8 @@ class BaseSection(Section):
     """Random weights: a preset's name, or a mapping of hyperparameters (`preset` may be one)."""
 
     revision: Text | None = None
-    """Branch, tag or commit hash of a hub id; null is the hub's `main`."""
+    """Branch, tag or commit hash of a hub id; null is the hub's `main`. A run stays at the commit
+    that it began with, whatever becomes of the branch."""
 
     tokenizer: Text | None = None
     """Tokenizer folder or file, where the base brings none; needed with `architecture`."""

@@ -11,7 +11,7 @@ from finetune.config.adapter import SETTINGS
 from finetune.config.adapter_conflicts import adapter_conflicts
 from finetune.config.conflict import Conflict
 from finetune.config.data import COLUMNS
-from finetune.config.train import SCHEDULER_KWARGS
+from finetune.config.train import EVALUATION, SCHEDULER_KWARGS
 from finetune.errors import InputError
 from finetune.llama.architecture import HUB_IDS, Architecture, architecture_of
 
@@ -42,6 +42,16 @@ def _of_method(key: str) -> Dependence:
         lambda config: config.adapter.method in (*methods, "none"),
         "adapter.method",
         f"with this adapter.method; it belongs to {', '.join(methods)}",
+    )
+
+
+def _of_heldout_rows(section: str, *keys: str) -> Dependence:
+    return Dependence(
+        section,
+        keys,
+        lambda config: bool(config.data.heldout) or config.data.heldout_fraction is not None,
+        "data.heldout",
+        "without held-out rows (data.heldout or data.heldout_fraction)",
     )
 
 
@@ -76,30 +86,32 @@ DEPENDENCES = (
         "with train.optim: sgd",
     ),
     Dependence(
-        "data",
-        ("on_overlap",),
-        lambda config: bool(config.data.heldout) or config.data.heldout_fraction is not None,
-        "data.heldout",
-        "without held-out rows (data.heldout or data.heldout_fraction)",
+        "train",
+        ("early_stopping_threshold",),
+        lambda config: config.train.early_stopping_patience is not None,
+        "train.early_stopping_patience",
+        "without train.early_stopping_patience",
     ),
     Dependence(
         "train",
-        ("eval_steps",),
-        lambda config: bool(config.data.heldout) or config.data.heldout_fraction is not None,
-        "data.heldout",
-        "without held-out rows (data.heldout or data.heldout_fraction)",
+        ("load_best_model_at_end", "early_stopping_patience"),
+        lambda config: config.train.eval_steps is not None,
+        "train.eval_steps",
+        "without train.eval_steps: only the end of the run would be scored",
     ),
+    _of_heldout_rows("data", "on_overlap"),
+    _of_heldout_rows("train", *EVALUATION),
     Dependence(
         "eval",
         ("tasks",),
-        lambda config: config.recipe != "pretrain",
+        lambda config: config.recipe != "pretrain" or any(t.prompt for t in config.eval.tasks),
         "recipe",
-        "on plain text (recipe: pretrain)",
+        "on plain text (recipe: pretrain), where a task brings its own data and prompt",
     ),
     Dependence(
         "eval",
         ("max_new_tokens",),
-        lambda config: bool(config.eval.tasks) and config.recipe != "pretrain",
+        lambda config: any(task.generates for task in config.eval.tasks),
         "eval.tasks",
         "without a task that generates text (eval.tasks: exact_match)",
     ),

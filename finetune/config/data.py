@@ -52,7 +52,8 @@ class Source(Section):
     """Which split of a dataset of the hub; needed there."""
 
     revision: Text | None = None
-    """Branch, tag or commit hash of a dataset of the hub; null is its `main`."""
+    """Branch, tag or commit hash of a dataset of the hub; null is its `main`. A run stays at the
+    commit that it began with."""
 
     columns: dict[str, Text] | None = None
     """Names of the file's columns where they differ: {instruction: question, output: answer}."""

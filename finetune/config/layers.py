@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import tree
+from finetune.config.train import EVALUATION
 from finetune.config.tree import Tree
 
 MAX_EXTENDS_DEPTH = 8
@@ -108,7 +109,11 @@ def _displaced(under: dict[str, Any], over: dict[str, Any]) -> Iterator[tuple[st
     if _empties(over, ("eval", "tasks")):
         displaced.append(("eval", "max_new_tokens"))
     if _empties(over, ("data", "heldout")) and not _chosen(over, ("data", "heldout_fraction")):
-        displaced.append(("train", "eval_steps"))
+        displaced += [("train", key) for key in EVALUATION]
+    if _empties(over, ("train", "eval_steps")):
+        displaced += [("train", key) for key in EVALUATION if key.startswith(("load", "early"))]
+    if _empties(over, ("train", "early_stopping_patience")):
+        displaced.append(("train", "early_stopping_threshold"))
     for path in dict.fromkeys(displaced):
         if _chosen(under, path) is not None and _chosen(over, path) is None:
             yield path

@@ -28,6 +28,12 @@ SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
 }
 """The keyword arguments each schedule takes. Source: transformers.optimization, 5.23."""
 
+EVALUATION = (
+    *("eval_steps", "eval_on_start", "load_best_model_at_end"),
+    *("early_stopping_patience", "early_stopping_threshold"),
+)
+"""What has an effect only where there are held-out rows."""
+
 
 class TrainSection(Section):
     """Length, batch, optimiser, schedule, precision and how often things happen."""
@@ -106,6 +112,19 @@ class TrainSection(Section):
 
     eval_steps: Count | None = None
     """Optimiser steps between held-out losses; null: only at the end."""
+
+    eval_on_start: bool = True
+    """A held-out loss before step 1: the base's number, and memory it lacks is seen early."""
+
+    load_best_model_at_end: bool = False
+    """Publish the weights of the evaluation with the lowest held-out loss, not the last ones. Its
+    checkpoint is saved at once and kept beside the `save_total_limit` newest."""
+
+    early_stopping_patience: Count | None = None
+    """Evaluations without a lower held-out loss after which the run stops; null: it never does."""
+
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """Nats per token by which the held-out loss must fall below the lowest so far to count."""
 
     save_steps: Count = 100
     """Optimiser steps between checkpoints."""

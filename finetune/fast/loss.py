@@ -78,9 +78,26 @@ def token_losses(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
         (supervised,) losses in nats, float32; empty, with a graph, where nothing is supervised.
     """
     if has_soft_prompt(model):
-        return torch.cat([_alone(model, document) for document in documents_of(packed)])
-    positions, targets = supervised(packed.labels)
-    logits = model(
+        return torch.cat([_losses(model, document) for document in documents_of(packed)])
+    return _losses(model, packed)
+
+
+def _losses(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
+    _, targets = supervised(packed.labels)
+    logits = supervised_logits(model, packed)
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def supervised_logits(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
+    """(supervised, vocab): what the model says before each supervised token of a packed row.
+
+    Args:
+        packed: of one document where the model has a soft prompt.
+    """
+    if has_soft_prompt(model):
+        return _behind_vectors(model, packed)
+    positions, _ = supervised(packed.labels)
+    return model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
         attention_mask=no_mask(packed.input_ids.device),
@@ -88,7 +105,6 @@ def token_losses(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
         logits_to_keep=positions,
         use_cache=False,
     ).logits[0]
-    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def has_soft_prompt(model: torch.nn.Module) -> bool:
@@ -108,17 +124,16 @@ def documents_of(packed: Packed) -> list[Packed]:
     ]
 
 
-def _alone(model: torch.nn.Module, document: Packed) -> torch.Tensor:
-    """The losses of one document behind its trained vectors, as PEFT's own forward pass has them;
+def _behind_vectors(model: torch.nn.Module, document: Packed) -> torch.Tensor:
+    """The logits of one document behind its trained vectors, as PEFT's own forward pass has them;
     each document needs them before it, and counts its positions after them."""
-    positions, targets = supervised(document.labels)
+    positions, _ = supervised(document.labels)
     config: Any = getattr(model, "module", model).active_peft_config
     if config.peft_type != "PREFIX_TUNING":  # whose vectors are in the cache, not in the row
         positions = positions + config.num_virtual_tokens
-    logits = model(
+    return model(
         input_ids=document.input_ids,
         attention_mask=torch.ones_like(document.input_ids),
         logits_to_keep=positions,
         use_cache=False,
     ).logits[0]
-    return F.cross_entropy(logits.float(), targets, reduction="none")

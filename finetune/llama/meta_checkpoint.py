@@ -170,7 +170,14 @@ def _shard_paths(folder: Path) -> tuple[Path, ...]:
     names = [name for name in _names(folder) if _SHARD.fullmatch(name)]
     if not names:
         raise InputError(f"{folder}: has no consolidated.NN.pth")
-    numbers = {int(name.split(".")[1]): name for name in names}
+    numbers: dict[int, str] = {}
+    for name in names:
+        other = numbers.setdefault(int(name.split(".")[1]), name)
+        if other != name:
+            raise InputError(
+                f"{folder}: {other} and {name} are both shard {int(name.split('.')[1])}; take the "
+                "one away that is not of this model"
+            )
     missing = [n for n in range(max(numbers) + 1) if n not in numbers]
     if missing:
         listed = ", ".join(f"consolidated.{n:02d}.pth" for n in missing)

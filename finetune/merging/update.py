@@ -6,6 +6,7 @@ Low-rank updates are added here; every other method PEFT can merge goes through
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -127,14 +128,24 @@ def read_updates(folder: Path) -> dict[str, Update]:
         CheckFailed: an A without its B, a key that is neither, settings that cannot be used, or a
             method that is not merged.
     """
-    with settings_of(folder):
-        return _updates_in(folder)
+    every = stored_tensors(folder / ADAPTER_FILES[1])
+    with settings_of(folder, _modules_of(every)):
+        return _updates_in(folder, every)
 
 
-def _updates_in(folder: Path) -> dict[str, Update]:
+def _modules_of(every: Sequence[Stored]) -> set[str]:
+    """The modules that the tensors name, and those that these lie in."""
+    modules = {_split(stored.name)[0] for stored in every}
+    return {name for module in modules for name in itertools.accumulate(module.split("."), _join)}
+
+
+def _join(parent: str, name: str) -> str:
+    return f"{parent}.{name}"
+
+
+def _updates_in(folder: Path, every: Sequence[Stored]) -> dict[str, Update]:
     settings = artifact.read_json(folder / ADAPTER_FILES[0])
     by_module: dict[str, dict[str, Stored]] = {}
-    every = stored_tensors(folder / ADAPTER_FILES[1])
     shared = {stored.name: stored for stored in every if stored.name in SHARED}
     for stored in every:
         if stored.name in shared or stored.name.startswith(TIED_TWIN):

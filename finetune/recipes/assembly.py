@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from finetune.batching import plan_batches, steps_of
+from finetune.best import Rules
 from finetune.config import RunConfig
 from finetune.data import RunData
 from finetune.packing import BatchPlan
@@ -57,9 +58,21 @@ def trainer_inputs(parts: Parts) -> TrainerInputs:
         trained_on=parts.trained_on,
         save_total_limit=config.train.save_total_limit,
         eval_batch_size=config.eval.per_device_eval_batch_size,
+        rules=_rules(config),
         lr_ratio=config.adapter.loraplus_lr_ratio if config.adapter.method == "lora+" else None,
         ranks=_rank_schedule(parts, plan),
         on_spike=config.train.on_spike,
+    )
+
+
+def _rules(config: RunConfig) -> Rules:
+    train = config.train
+    return Rules(
+        eval_on_start=train.eval_on_start,
+        eval_steps=train.eval_steps,
+        load_best_model_at_end=train.load_best_model_at_end,
+        patience=train.early_stopping_patience,
+        threshold=train.early_stopping_threshold,
     )
 
 
@@ -114,9 +127,13 @@ def engine_arguments(parts: Parts) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "eval_strategy": "steps" if has_heldout and train.eval_steps else "no",
         "eval_steps": train.eval_steps,
+        "eval_on_start": has_heldout,  # `evaluation` decides: the engine would do it on resume too
         "save_strategy": "steps",
         "save_steps": train.save_steps,
         "report_to": train.report_to,
+        "run_name": config.run.name,  # of trackers
+        "project": "plumbtune",
+        "trackio_static_space_id": False,  # nothing goes to the hub
         "disable_tqdm": True,
         "log_level_replica": "error",
         "average_tokens_across_devices": True,

@@ -128,7 +128,9 @@ def _transcript(message: Mapping[str, Any], role: str, place: str) -> Message:
     if not isinstance(given.get("python_tag", False), bool):
         raise ValueError(f"{place}.python_tag is {kind_of(given['python_tag'])}; allowed: a bool")
     if given.get("end", "eot") not in ("eot", "eom"):
-        raise ValueError(f"{place}.end is {json.dumps(given['end'])[:20]}; allowed: eot or eom")
+        raise ValueError(
+            f"{place}.end is {json.dumps(given['end'], default=str)[:20]}; allowed: eot or eom"
+        )
     return given
 
 
@@ -223,7 +225,9 @@ def _training(message: Mapping[str, Any], place: str) -> Message:
         raise ValueError(f"{place} has train and weight; they say the same, give one")
     if weight is not None:
         if isinstance(weight, bool) or weight not in (0, 1):
-            raise ValueError(f"{place}.weight is {json.dumps(weight)[:20]}; allowed: 0 or 1")
+            raise ValueError(
+                f"{place}.weight is {json.dumps(weight, default=str)[:20]}; allowed: 0 or 1"
+            )
         train = bool(weight)
     if train is None:
         return {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
 from finetune.files.strict_json import kind_of, parse
@@ -65,6 +67,7 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         found = kind_of(arguments) if "arguments" in call else "missing"
         raise ValueError(f"{place}.arguments is {found}; expected an object, as JSON text or not")
+    _refuse_no_json(arguments, f"{place}.arguments")
     return {"name": name, "arguments": arguments}
 
 
@@ -100,7 +103,23 @@ def read_tools(value: Any) -> tuple[Any, ...]:
         )
     for index, tool in enumerate(value):
         _check_tool(tool, f"tools[{index}]")
+        _refuse_no_json(tool, f"tools[{index}]")
     return tuple(value)
+
+
+def _refuse_no_json(value: Any, place: str) -> None:
+    """Tables hold dates, decimals and bytes as well; which text of them the model should read is
+    not guessed."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_no_json(inner, f"{place}.{key}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _refuse_no_json(inner, f"{place}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{place} is {value}, which JSON cannot say; write it as text")
+    elif not isinstance(value, (str, int, float, NoneType)):
+        raise ValueError(f"{place} is {kind_of(value)}, which JSON cannot say; write it as text")
 
 
 def _check_tool(tool: Any, place: str) -> None:

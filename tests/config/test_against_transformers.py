@@ -28,7 +28,9 @@ def test_every_optimiser_is_known():
     assert set(choices_of("optim")) <= {str(name.value) for name in OptimizerNames}
 
 
-OURS = {"on_spike"}  # transformers has nothing of the kind
+# transformers has nothing like on_spike; early stopping is a callback's.
+OF_CALLBACKS = {"early_stopping_patience", "early_stopping_threshold"}
+OURS = {"on_spike"} | OF_CALLBACKS
 
 
 def test_every_setting_is_one_of_training_arguments():
@@ -37,3 +39,9 @@ def test_every_setting_is_one_of_training_arguments():
     known = set(TrainingArguments.__dataclass_fields__)
     assert set(TrainSection.model_fields) - OURS <= known
     assert not known & OURS
+
+
+def test_early_stopping_is_named_as_its_callback_names_it():
+    from transformers import EarlyStoppingCallback
+
+    assert set(inspect.signature(EarlyStoppingCallback).parameters) == OF_CALLBACKS

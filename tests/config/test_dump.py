@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from finetune.config.adapter import SETTINGS
 from finetune.config.loader import dump, load, read_run_config
 from finetune.config.schema import KNOWN_PATHS, SECTIONS
+from finetune.config.train import EVALUATION
 from finetune.errors import InputError
 
 SFT = """\
@@ -62,7 +63,8 @@ def test_every_setting_has_a_line_with_its_origin(path):
     text = dump(loaded)
     values = yaml.safe_load(text)
     written = {f"{s}.{k}" for s, keys in values.items() if isinstance(keys, dict) for k in keys}
-    idle = {"base.revision", "data.on_overlap", "train.eval_steps", "eval.max_new_tokens"}
+    idle = {"base.revision", "data.on_overlap", "eval.max_new_tokens"}
+    idle |= {f"train.{key}" for key in EVALUATION}
     others = set(SECTIONS["adapter"].model_fields) - set(SETTINGS["lora"]) - {"method"}
     idle |= {f"adapter.{key}" for key in others}
     assert written | {"recipe"} | idle == set(KNOWN_PATHS)

@@ -148,6 +148,22 @@ def test_wrong_values(tmp_path, override, found, allowed):
         (["data.train={path: a, columns: {quest: q}}"], "data.train", "allowed: instruction"),
         (["train.max_steps=3", "train.num_train_epochs=1"], "train.max_steps", "exactly one"),
         (["train.eval_steps=5"], "train.eval_steps", "no effect without held-out rows"),
+        (["train.eval_on_start=true"], "train.eval_on_start", "no effect without held-out rows"),
+        (
+            ["data.heldout=h", "train.load_best_model_at_end=true"],
+            "train.load_best_model_at_end",
+            "no effect without train.eval_steps",
+        ),
+        (
+            ["data.heldout=h", "train.early_stopping_patience=2"],
+            "train.early_stopping_patience",
+            "no effect without train.eval_steps",
+        ),
+        (
+            ["data.heldout=h", "train.eval_steps=5", "train.early_stopping_threshold=0.1"],
+            "train.early_stopping_threshold",
+            "no effect without train.early_stopping_patience",
+        ),
         (["eval.max_new_tokens=5"], "eval.max_new_tokens", "no effect without a task"),
         (["recipe=pretrain", "eval.tasks=exact_match"], "eval.tasks", "no effect on plain text"),
         (["train.optim=sgd", "train.adam_beta1=0.8"], "train.adam_beta1", "no effect with"),

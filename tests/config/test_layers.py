@@ -24,10 +24,20 @@ train:
   lr_scheduler_type: cosine_with_min_lr
   lr_scheduler_kwargs: {min_lr_rate: 0.1}
   eval_steps: 10
+  load_best_model_at_end: true
+  early_stopping_patience: 3
+  early_stopping_threshold: 0.5
 eval:
   tasks: exact_match
   max_new_tokens: 7
 """
+
+# What is left of the settings that let a held-out loss decide something, once none is due.
+NOTHING_FOLLOWS = {
+    "load_best_model_at_end": False,
+    "early_stopping_patience": None,
+    "early_stopping_threshold": 0.0,
+}
 
 
 @pytest.fixture
@@ -125,7 +135,9 @@ def test_a_longer_path_changes_one_entry_of_a_mapping(parent):
         (["adapter.method=none"], "adapter", {"method": "none", "r": 16}),
         (["eval.tasks=[]"], "eval", {"max_new_tokens": 128}),
         (["recipe=pretrain"], "eval", {"tasks": (), "max_new_tokens": 128}),
-        (["data.heldout=null"], "train", {"eval_steps": None}),
+        (["data.heldout=null"], "train", {"eval_steps": None, **NOTHING_FOLLOWS}),
+        (["train.eval_steps=null"], "train", NOTHING_FOLLOWS),
+        (["train.early_stopping_patience=null"], "train", {"early_stopping_threshold": 0.0}),
     ],
 )
 def test_a_later_choice_takes_what_it_excludes_out_of_force(parent, overrides, section, expected):

@@ -21,11 +21,13 @@ from source_files import (
 LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
-    " pages llama.presets ngrams mojibake hashing copies comparison sharing",
-    "config overlap cache",
+    " pages llama.presets ngrams mojibake hashing copies comparison scorers collectives trackers"
+    " sharing",
+    "config overlap cache adapter_settings state_files",
+    "best",
     "methods identity starts layer_merge rank_schedule drift watchdog",
     "llama fast run_folder ledger suspicion hub",
-    "data_starts",
+    "data_starts revisions",
     "adapters",
     "files",
     "shapes",
@@ -35,13 +37,14 @@ LINES = (
     "preparation",
     "data_cache",
     "data model plan packing",
-    "batching tokens excerpts skeleton",
+    "batching tokens excerpts skeleton sliding tasks",
     "summary merging proof_layers proof_weights",
     "checkpoint heldout preview inspection proof_combined",
-    "trainer inference",
-    "recipes monitor scoring proof exports reports",
+    "evaluation inference witness",
+    "trainer answers",
+    "recipes monitor proof exports scoring reports",
     "stages resume",
-    "train generate merge export report doctor verify train_tokenizer scoreboard",
+    "train generate merge export report doctor verify train_tokenizer scoreboard subject",
     "eval",
     "smoke",
     "__main__",
@@ -53,7 +56,7 @@ ALLOWED_UPWARDS = {("train", "smoke")}
 
 LIGHT = {"errors", "artifact", "cache", "config", "run_folder", "files", "shapes", "ledger"}
 LIGHT |= {"plan", "ngrams", "overlap", "suspicion", "mojibake", "prepared", "mixture", "report"}
-LIGHT |= {"pages", "methods", "drift", "comparison", "sharing", "reports"}
+LIGHT |= {"pages", "methods", "drift", "comparison", "scorers", "best", "trackers", "sharing", "reports"}
 WITHOUT_TORCH = sorted(LIGHT | {name for name in LEVELS if name.startswith("llama.")})
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
 

@@ -280,6 +280,14 @@ def test_a_missing_shard(two_shards, tmp_path):
     refused(two_shards, tmp_path, "or one is missing")
 
 
+@pytest.mark.parametrize("twin", ["consolidated.0.pth", "consolidated.000.pth"])
+def test_two_names_of_one_shard(twin, two_shards, hf_folder, tmp_path):
+    other = hf_folder(small("llama3"), "llama3", seed=1)
+    meta.export_checkpoint(other, tmp_path / "other", 2)
+    shutil.copy(tmp_path / "other" / "consolidated.00.pth", two_shards / twin)
+    refused(two_shards, tmp_path, twin, "consolidated.00.pth", "are both shard 0")
+
+
 def test_shards_of_two_models(two_shards, hf_folder, tmp_path):
     other = hf_folder(small("llama3"), "llama3", seed=1)
     meta.export_checkpoint(other, tmp_path / "other", 2)

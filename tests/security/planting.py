@@ -1,11 +1,17 @@
-"""Files that write a canary if anything ever runs them: pickles of every kind, and modules."""
+"""Files that write a canary if anything ever runs them, and settings that verify though forged."""
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
+from small_runs import republish
+
+from finetune import artifact
+from finetune.run_folder import RunFolder
 
 PICKLES = (
     *("pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "adapter_model.bin", "adapter.pt"),
@@ -51,3 +57,12 @@ class Canary:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(self.code)
         return {*PICKLES, *MODULES}
+
+
+def forge_settings(run: RunFolder, **changes: Any) -> None:
+    """Changes adapter_config.json, and the manifest so that it verifies."""
+    path = run.adapter / "adapter_config.json"
+    settings = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(settings))
+    facts = {"adapter_config": settings}
+    republish(run.adapter, **facts, adapter_config_sha256=artifact.sha256_of_json(settings))

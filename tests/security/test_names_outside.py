@@ -7,9 +7,9 @@ import os
 import shutil
 
 import pytest
-from small_runs import republish, write_base
+from planting import forge_settings
+from small_runs import write_base
 
-from finetune import artifact
 from finetune.errors import InputError
 from finetune.llama.weight_files import INDEX, files_by_weight
 
@@ -86,11 +86,7 @@ class TestAdapterSettings:
 
     def forge(self, run, **changes):
         shutil.rmtree(run.merged)
-        path = run.adapter / "adapter_config.json"
-        settings = json.loads(path.read_text()) | changes
-        path.write_text(json.dumps(settings))
-        facts = {"adapter_config": settings}
-        republish(run.adapter, **facts, adapter_config_sha256=artifact.sha256_of_json(settings))
+        forge_settings(run, **changes)
 
     @pytest.mark.parametrize(
         "name", ["../../../etc", "/etc/passwd", "a\0b", "x" * 5000, "evil/repo"]

@@ -1,0 +1,81 @@
+"""What evaluation needs of every trained token, without ever holding the logits of all of them.
+
+    loss = log Σ_v exp(z_v) - z_x    and whether x is the likeliest id
+
+The head of the model is asked block by block and answers with these two numbers instead of logits,
+so that memory does not grow with tokens times vocabulary. Wrappers (PEFT, DDP, autocast) stay in
+place around it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from finetune.fast.loss import Packed, documents_of, has_soft_prompt, supervised, supervised_logits
+
+NUM_LOGITS = 1 << 25  # at once: 128 MiB in float32
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Of the supervised tokens of a packed row, in order.
+
+    Attributes:
+        losses: (supervised,) nats, float64, on the CPU.
+        right: (supervised,) bool: the token is the likeliest one.
+    """
+
+    losses: torch.Tensor
+    right: torch.Tensor
+
+
+def token_scores(model: torch.nn.Module, packed: Packed) -> TokenScores:
+    """Loss and rank of every supervised token; call it under `torch.no_grad()`.
+
+    Args:
+        model: a causal Llama that uses `document_attention`, possibly wrapped (PEFT, DDP).
+    """
+    found = []
+    for document in documents_of(packed) if has_soft_prompt(model) else [packed]:
+        _, targets = supervised(document.labels)
+        with _scoring_head(model, targets):
+            found.append(supervised_logits(model, document).cpu().double())
+    scores = torch.cat(found)
+    return TokenScores(scores[:, 0], scores[:, 1].bool())
+
+
+@contextlib.contextmanager
+def _scoring_head(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
+    """While it lasts, the head returns (1, supervised, 2): loss and hit, in place of logits."""
+    bare: Any = getattr(model, "module", model)
+    head: Any = bare.get_output_embeddings()
+    logits_of = head.forward
+    size = max(NUM_LOGITS // bare.config.vocab_size, 1)
+    was_set = "forward" in vars(head)
+
+    def scores_of(hidden: torch.Tensor) -> torch.Tensor:
+        blocks = zip(hidden[0].split(size), targets.split(size), strict=True)
+        scored = [_scored(logits_of(states), ids) for states, ids in blocks]
+        return torch.cat(scored).unsqueeze(0)
+
+    head.forward = scores_of
+    try:
+        yield
+    finally:
+        if was_set:
+            head.forward = logits_of
+        else:
+            del head.forward
+
+
+def _scored(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(tokens, 2) of (tokens, vocab); in float32, or in float64 where the model is."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return torch.stack([losses, (logits.argmax(-1) == targets).to(losses.dtype)], -1)
