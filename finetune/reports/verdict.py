@@ -40,8 +40,10 @@ def judge(facts: Facts) -> Verdict:
     """Puts the facts into words; nothing is said that no file says."""
     outcome = overall(facts)
     sentences = [*_comparison(facts), _course(facts), _merge(facts)]
-    if facts.state.name != "finished":  # then how it ended comes first
+    if not is_finished(facts):  # then how it ended comes first
         sentences.insert(0, _state(facts))
+    elif facts.state.reason:
+        sentences.append(f"Note: {_one_line(facts.state.reason)}")
     return Verdict(
         level=_level(facts, outcome),
         headline=_headline(facts, outcome),
@@ -127,10 +129,22 @@ def _one_line(reason: str) -> str:
     return line if line.endswith((".", "…")) else f"{line}."
 
 
+def is_finished(facts: Facts) -> bool:
+    """Whether training ended well."""
+    return facts.state.name == "finished"
+
+
+def _weights(facts: Facts) -> str:
+    """Which step's weights are published, where they are not the last one's."""
+    step = count(facts.adapter.get("step"))
+    is_last = step is None or step == facts.training.last_step
+    return "" if is_last else f", with the weights of step {step:,}"
+
+
 def _course(facts: Facts) -> str:
     """How the held-out loss went while the run trained."""
     seen = facts.training.heldout
-    ended = f"Training ended {_progress(facts)}" if facts.state.name == "finished" else ""
+    ended = f"Training ended {_progress(facts)}{_weights(facts)}" if is_finished(facts) else ""
     if not seen:
         return f"{ended}." if ended else ""
     (first_step, first), (last_step, last) = seen[0], seen[-1]
@@ -227,7 +241,7 @@ def _merge(facts: Facts) -> str:
 def _unknown(facts: Facts) -> Iterator[str]:
     if facts.has_heldout is False:
         yield "how it does on rows it has not seen (none are held out)"
-    if facts.state.name != "finished":
+    if not is_finished(facts):
         return
     if not facts.results:
         yield "whether it is better than the base (`eval RUN --against base,merged`)"

@@ -56,7 +56,8 @@ ALLOWED_UPWARDS = {("train", "smoke")}
 
 LIGHT = {"errors", "artifact", "cache", "config", "run_folder", "files", "shapes", "ledger"}
 LIGHT |= {"plan", "ngrams", "overlap", "suspicion", "mojibake", "prepared", "mixture", "report"}
-LIGHT |= {"pages", "methods", "drift", "comparison", "scorers", "best", "trackers", "sharing", "reports"}
+LIGHT |= {"pages", "methods", "drift", "comparison", "scorers", "best", "trackers", "sharing"}
+LIGHT |= {"reports"}
 WITHOUT_TORCH = sorted(LIGHT | {name for name in LEVELS if name.startswith("llama.")})
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
 

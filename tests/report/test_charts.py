@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tolerances import DRAWN_POINTS
 
 from finetune import pages
 from finetune.reports import charts
@@ -96,7 +97,7 @@ def test_the_line_is_the_numbers():
     assert len(drawn) == 30
     for place, values in ((0, [line["step"] for line in made.steps]), (1, rates)):
         slope, offset = np.polyfit(values, drawn[:, place], 1)
-        assert np.abs(slope * np.array(values) + offset - drawn[:, place]).max() < 0.01
+        assert np.abs(slope * np.array(values) + offset - drawn[:, place]).max() < DRAWN_POINTS
     assert drawn[0, 1] < drawn[-1, 1]  # y grows downwards: the rate falls
 
 

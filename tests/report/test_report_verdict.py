@@ -109,3 +109,15 @@ def test_what_is_not_known_is_said():
     assert "merge RUN" not in unknown(Facts("run", State("finished"), adapter={"kind": "model"}))
     alone = facts()
     assert "--against base" in unknown(alone)
+
+
+def test_what_a_finished_run_noted_is_said():
+    state = State("finished", 0, "stopped early after step 3: 2 evaluations without improvement")
+    steps = ({"step": 3, "loss": 1.0},)
+    found = Facts(
+        "run", state, training=Training(steps, ()), adapter={"kind": "adapter", "step": 2}
+    )
+    text = judge(found).text
+    assert "Training ended after step 3, with the weights of step 2." in text
+    assert "Note: stopped early after step 3" in text
+    assert "weights of step" not in judge(Facts("run", state, training=Training(steps, ()))).text
