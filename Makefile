@@ -18,7 +18,7 @@ DEMO := configs/lora_nano.yaml
 DEMO_RUN := runs/lora_nano
 NANO := assets/llama-nano
 
-.PHONY: help setup demo train eval merge compare faults test test-slow check sbom format clean
+.PHONY: help setup demo train eval merge report compare faults test test-slow check sbom format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,8 @@ demo: $(STAMP)  ## train, merge with proof, evaluate, on the embedded base: four
 	$(PY) $(NANO)/make/baselines.py --train $(NANO)/data/train.jsonl --heldout $(NANO)/data/heldout.jsonl
 	@echo && echo "Held-out rows under the chat prompt: adapter, base, merged"
 	$(PY) -m finetune eval $(DEMO_RUN) --against base,merged
+	@echo && echo "All of it on one page:"
+	$(PY) -m finetune report $(DEMO_RUN)
 
 train: $(STAMP)  ## CONFIG=file.yaml [ARGS="key=value …"]
 	@test -n "$(CONFIG)" || { echo "error: make train needs CONFIG=; there are:" configs/*.yaml >&2; exit 2; }
@@ -55,6 +57,9 @@ eval: $(STAMP)  ## [RUN=folder] held-out numbers
 
 merge: $(STAMP)  ## [RUN=folder] full weights, with the proof that they equal base and adapter
 	$(PY) -m finetune merge $(RUN) $(ARGS)
+
+report: $(STAMP)  ## [RUN=folder] one HTML page: verdict, curves, comparison, samples, data, proof
+	$(PY) -m finetune report $(RUN) $(ARGS)
 
 compare: $(STAMP)  ## every method on the embedded base, with a table and a plot: 2 hours, resumable
 	$(PY) -m benchmarks.compare_methods --folder runs/compare --json runs/compare/result.json \

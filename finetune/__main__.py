@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "eval": ("finetune.eval", "main", "held-out loss and exact match of a run's models"),
     "merge": ("finetune.merge", "main", "the adapter into full weights, with a proof"),
     "export": ("finetune.export", "main", "other layouts: Hugging Face, PEFT, GGUF, Ollama, Meta"),
+    "report": ("finetune.report", "main", "a run as one HTML page, the verdict at the top"),
     "plan": ("finetune.plan", "main", "parameters and memory of a config, before anything loads"),
     "generate": ("finetune.generate", "main", "text from a run or a model folder"),
     "chat": ("finetune.generate", "main_chat", "the same, as a conversation"),

@@ -174,12 +174,10 @@ class Preparation:
             self._writers[side].add(result.outcome.documents)
 
     def _side_of(self, file: SourceFile, example: Example) -> str:
-        """By a hash of the conversation, so that a row never changes sides between runs."""
         fraction = self._config.data.heldout_fraction
         if fraction is None:
             return file.side
-        content = sha256_of_json([example.messages, example.text])
-        return "heldout" if int(content[:16], 16) / 2**64 < fraction else "train"
+        return "heldout" if is_held_out(example, fraction) else "train"
 
     def _count(self, side: str, example: Example, outcome: Outcome) -> None:
         ledger = self._ledgers[side]
@@ -201,6 +199,16 @@ class Preparation:
             trained = (row_text(example) for example in train.examples())
             found = [asdict(finding) for finding in overlap(trained, held)]
         artifact.write_json(self._stage / "overlap.json", found)
+
+
+def is_held_out(example: Example, fraction: float) -> bool:
+    """By a hash of the conversation, so that a row never changes sides between runs.
+
+    Args:
+        fraction: `data.heldout_fraction`.
+    """
+    content = sha256_of_json([example.messages, example.text])
+    return int(content[:16], 16) / 2**64 < fraction
 
 
 def _blocks(examples: Iterable[Example], findings: Findings) -> Iterator[list[Example]]:

@@ -160,14 +160,15 @@ def page_of(tokenizer: PreTrainedTokenizerFast, name: str, groups: Sequence[Grou
     shown = [
         {
             "heading": heading_of(group) if group.pack else None,
-            "documents": [_on_page(tokenizer, document) for document in group.documents],
+            "documents": [on_page(tokenizer, document) for document in group.documents],
         }
         for group in groups
     ]
     return pages.render("preview.html", name=name, groups=shown)
 
 
-def _on_page(tokenizer: PreTrainedTokenizerFast, document: Document) -> dict[str, Any]:
+def on_page(tokenizer: PreTrainedTokenizerFast, document: Document) -> dict[str, Any]:
+    """One document for a template: place, counts, and each token with its parts."""
     tokens = tokens_of(tokenizer, document)
     marked = [
         {"token": token, "parts": parts}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
@@ -11,6 +12,11 @@ ALLOWED = {
     *("html", "head", "meta", "title", "style", "body", "section", "article", "div", "span"),
     *("h1", "h2", "h3", "p", "table", "tr", "th", "td", "details", "summary"),
     *("b", "i", "u", "mark"),
+}
+IN_REPORTS = {
+    *("a", "code", "pre", "figure", "figcaption", "svg", "g", "path", "text", "use", "defs"),
+    "clippath",  # as the parser writes it
+    "rect",
 }
 
 
@@ -63,17 +69,34 @@ class _Reader(HTMLParser):
         raise AssertionError(f"a comment: {data}")
 
 
-def read_page(page: str) -> Element:
-    """The page, which must be well-formed, do nothing and name nothing outside itself."""
+def read_page(page: str, more: Collection[str] = ()) -> Element:
+    """The page, which must be well-formed, do nothing and name nothing outside itself.
+
+    Args:
+        more: elements that are allowed beside the usual ones.
+    """
     reader = _Reader()
     reader.feed(page)
     reader.close()
     assert reader.open == [reader.root], f"not closed: {reader.open[-1].tag}"
-    for element in reader.root.all():
-        assert element.tag in ALLOWED, f"<{element.tag}>"
+    elements = reader.root.all()
+    ids = [element.attributes["id"] for element in elements if "id" in element.attributes]
+    assert len(ids) == len(set(ids)), "an id twice"
+    for element in elements:
+        assert element.tag in ALLOWED | set(more), f"<{element.tag}>"
         names = set(element.attributes)
-        assert not {name for name in names if name.startswith("on")} | names & {"src", "href"}
+        assert not {name for name in names if name.startswith("on")} | names & {"src"}
+        _refuse_outside(element, ids)
     assert page.startswith("<!DOCTYPE html>")
     css = reader.root.all("style")[0].text
     assert not re.search(r"url\(|@import|https?:", css + page.split("<body>")[0])
     return reader.root
+
+
+def _refuse_outside(element: Element, ids: Collection[str | None]) -> None:
+    """What an element points at is an element of the same page."""
+    for name, value in element.attributes.items():
+        if name in ("href", "xlink:href"):
+            assert value is not None and value[:1] == "#" and value[1:] in ids, value
+        for target in re.findall(r"url\(([^)]*)\)", value or "") if name != "title" else ():
+            assert target[:1] == "#" and target[1:] in ids, target

@@ -13,9 +13,9 @@ from typing import Any
 
 from finetune import artifact
 from finetune.config import RunConfig
-from finetune.exports.huggingface import shared_name
 from finetune.llama.architecture import HUB_IDS, PRESETS, Architecture
 from finetune.run_folder import RunFolder, environment
+from finetune.sharing import shared_name
 
 # Source: the licence and the "Additional" clauses of each release, https://www.llama.com/license/
 # and LICENSE files of meta-llama/llama and meta-llama/llama-models; identifiers are the hub's.

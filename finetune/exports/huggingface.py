@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from finetune.llama.stored_weights import HEAD, StoredWeight, stored_weights
 from finetune.llama.tokenizer import save_tokenizer
 from finetune.model import find_base
 from finetune.run_folder import RunFolder
+from finetune.sharing import shared_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,13 +125,6 @@ def shared_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """adapter_config.json without the places of this machine."""
     name = settings.get("base_model_name_or_path")
     return settings | {"base_model_name_or_path": shared_name(name) if name else None}
-
-
-def shared_name(name: str) -> str:
-    """A hub id as it is; of a local path only its last part."""
-    path = Path(name)
-    is_local = path.is_absolute() or os.path.exists(name) or name.count("/") != 1 or name[0] in ".~"
-    return path.name if is_local else name
 
 
 def _write_json(path: Path, value: Any) -> None:

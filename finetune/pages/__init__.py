@@ -78,17 +78,20 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def target_of(name: str) -> Path:
-    """Where `--html` may write.
+def target_of(name: str, flag: str = "--html") -> Path:
+    """Where a page may be written.
+
+    Args:
+        flag: the argument that named it, for messages.
 
     Raises:
         InputError: it is no .html file, or its folder is not there.
     """
     path = Path(name)
     if path.suffix.lower() not in SUFFIXES or path.is_dir():
-        raise InputError(f"--html {name}: allowed: the name of a file that ends in .html")
+        raise InputError(f"{flag} {name}: allowed: the name of a file that ends in .html")
     if not path.parent.is_dir():
-        raise InputError(f"--html {name}: there is no folder {path.parent}; make it first")
+        raise InputError(f"{flag} {name}: there is no folder {path.parent}; make it first")
     return path
 
 

@@ -21,7 +21,8 @@ from source_files import (
 LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
-    " pages llama.presets ngrams mojibake hashing copies comparison scorers collectives trackers",
+    " pages llama.presets ngrams mojibake hashing copies comparison scorers collectives trackers"
+    " sharing",
     "config overlap cache adapter_settings state_files",
     "best",
     "methods identity starts layer_merge rank_schedule drift watchdog",
@@ -41,7 +42,7 @@ LINES = (
     "checkpoint heldout preview inspection proof_combined",
     "evaluation inference witness",
     "trainer answers",
-    "recipes monitor proof exports scoring",
+    "recipes monitor proof exports scoring reports",
     "stages resume",
     "train generate merge export report doctor verify train_tokenizer scoreboard subject",
     "eval",
@@ -55,7 +56,8 @@ ALLOWED_UPWARDS = {("train", "smoke")}
 
 LIGHT = {"errors", "artifact", "cache", "config", "run_folder", "files", "shapes", "ledger"}
 LIGHT |= {"plan", "ngrams", "overlap", "suspicion", "mojibake", "prepared", "mixture", "report"}
-LIGHT |= {"pages", "methods", "drift", "comparison", "scorers", "best", "trackers"}
+LIGHT |= {"pages", "methods", "drift", "comparison", "scorers", "best", "trackers", "sharing"}
+LIGHT |= {"reports"}
 WITHOUT_TORCH = sorted(LIGHT | {name for name in LEVELS if name.startswith("llama.")})
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"}
 
