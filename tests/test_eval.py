@@ -287,7 +287,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [("", "holds no rows"), ("\n\n", "holds no rows"), ('{"question": "x"}\n', "question")],
+        [("", "is empty"), ("\n\n", "is empty"), ('{"question": "x"}\n', "question")],
     )
     def test_files_without_rows_to_score(self, run, capsys, tmp_path, content, message):
         path = tmp_path / "rows.jsonl"
