@@ -41,7 +41,7 @@ class ModelScores:
 
     Attributes:
         name: adapter, model, merged, base, or a folder's last part.
-        numbers: loss, perplexity, token_accuracy, bits_per_byte, tokens, rows …
+        numbers: loss, perplexity, token_accuracy, bits_per_byte, tokens, rows, kl_from_trained.
         by_source: file -> the same numbers.
         by_turn: place of the answer in its row -> the same numbers.
         tasks: name -> score.
@@ -102,7 +102,6 @@ class Result:
         most_changed: other model -> rows whose loss differs most.
         same_text: other model -> answers that are the same to the letter.
         samples: task -> answers side by side.
-        kl_from_trained: KL in nats a token from the model as it was trained.
     """
 
     name: str
@@ -113,7 +112,6 @@ class Result:
     most_changed: Mapping[str, tuple[tuple[str, float, float], ...]]
     same_text: Mapping[str, int]
     samples: Mapping[str, Samples]
-    kl_from_trained: float | None = None
 
     def against(self, other: str) -> tuple[Difference, ...]:
         """The differences from one other model."""
@@ -161,7 +159,6 @@ def _result(
             if (same := count(value)) is not None
         },
         samples=read_samples(path, models, problems),
-        kl_from_trained=number(found.get("kl_from_trained")),
     )
 
 
@@ -181,7 +178,10 @@ def _model(found: Any) -> ModelScores:
     )
 
 
-_METRICS = ("loss", "perplexity", "token_accuracy", "bits_per_byte", "tokens", "rows", "bytes")
+_METRICS = (
+    *("loss", "perplexity", "token_accuracy", "bits_per_byte", "tokens", "rows"),
+    "kl_from_trained",
+)
 
 
 def _numbers(found: Any) -> dict[str, float]:

@@ -53,6 +53,7 @@ _NUMBERS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("perplexity", "perplexity", lambda value: decimal(value, 2)),
     ("bits_per_byte", "bits per byte", decimal),
     ("token_accuracy", "tokens guessed right", percent),
+    ("kl_from_trained", "KL from the model as it was trained", power),
 )
 
 

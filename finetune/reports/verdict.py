@@ -151,9 +151,10 @@ def _course(facts: Facts) -> str:
     ended = f"{ended}; the" if ended else "The"
     if len(seen) == 1:
         return f"{ended} held-out loss was {decimal(first)} nats a token at step {first_step:,}."
+    when = f"step {first_step:,}" if first_step else "before training"
     way = "fell" if last < first else "rose" if last > first else "stayed"
     text = (
-        f"{ended} held-out loss {way} from {decimal(first)} (step {first_step:,}) "
+        f"{ended} held-out loss {way} from {decimal(first)} ({when}) "
         f"to {decimal(last)} (step {last_step:,})"
     )
     best_step, best = min(seen, key=lambda pair: pair[1])

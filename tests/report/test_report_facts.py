@@ -38,7 +38,7 @@ def test_training_is_the_metrics(whole):
     assert training.heldout == tuple(
         (line["step"], line["heldout_loss"]) for line in lines if "heldout_loss" in line
     )
-    assert [step for step, _ in training.heldout] == [4, 8, 12]
+    assert [step for step, _ in training.heldout] == [0, 4, 8, 12]
 
 
 def test_comparison_is_the_results(whole, report):

@@ -78,6 +78,7 @@ def test_numbers_stand_beside_the_bases():
 @pytest.mark.parametrize(
     ("heldout", "said"),
     [
+        (((0, 3.0), (4, 1.0)), "fell from 3.0000 (before training) to 1.0000 (step 4)."),
         (((2, 3.0), (4, 1.0)), "fell from 3.0000 (step 2) to 1.0000 (step 4)."),
         (
             ((2, 1.0), (4, 3.0)),
