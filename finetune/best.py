@@ -78,6 +78,8 @@ class BestWatch:
         Returns:
             Whether it is the lowest so far; of equal ones the earlier is.
         """
+        if step == self.last_step:  # a run that goes on after its last step scores it again
+            return False
         self.last_step = step
         if step == 0:
             self.start_loss = loss

@@ -14,8 +14,9 @@ from transformers import Trainer, TrainerControl
 from finetune import artifact, checkpoint
 from finetune.best import BestWatch
 from finetune.collectives import gather_objects
-from finetune.errors import CheckFailed
+from finetune.errors import CannotContinue, CheckFailed
 from finetune.heldout import HeldoutLoss, score_rows, total_of
+from finetune.watchdog import not_finite
 
 SAME_LOSS = 1e-3
 """Nats per token between two scorings of the same weights: a resumed run may score in batches of
@@ -50,7 +51,7 @@ class EvaluationSeam(Trainer):
         step = self.state.global_step
         if self.last_heldout is not None and self.last_heldout[0] == step:
             return _as_metrics(self.last_heldout[1])
-        result = self._score_heldout()
+        result = self._score_heldout() if step else self._score_before_training()
         self.last_heldout = (step, result)
         is_best = self.best.look(step, result.loss, result.num_tokens)
         metrics = _as_metrics(result)
@@ -69,6 +70,15 @@ class EvaluationSeam(Trainer):
         mine = self.ours.heldout[rank::ranks]
         rows = score_rows(self.model, mine, self.ours.eval_batch_size, self.args.device)
         return total_of([row for share in gather_objects(rows) for row in share])
+
+    def _score_before_training(self) -> HeldoutLoss:
+        """The first forward passes of a run: what is wrong with the base shows here."""
+        try:
+            return self._score_heldout()
+        except CannotContinue as error:
+            broken = ", ".join(not_finite(self.model.named_parameters()))
+            named = f"; weights not finite: {broken}" if broken else ""
+            raise CannotContinue(f"before step 1: {error}{named}") from error
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """The last held-out loss and the best weights come before the trackers are closed."""

@@ -28,7 +28,7 @@ from finetune.config import (
     RunSection,
     TrainSection,
 )
-from finetune.errors import InputError
+from finetune.errors import CannotContinue, InputError
 from finetune.fast.attention import register
 from finetune.fast.loss import has_soft_prompt
 from finetune.heldout import evaluating
@@ -250,13 +250,23 @@ class _OwnDraws(LogitsProcessor):
         return scores - torch.stack(draws).log().to(scores)
 
 
+class _RefuseNan(LogitsProcessor):
+    """Stops where the model's logits are no numbers: the largest of them would be some id."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if bool(scores.isnan().any()):
+            raise CannotContinue("the model's logits are not numbers (nan); its weights are broken")
+        return scores
+
+
 def _draws(sampling: Sampling, numbers: Sequence[int]) -> LogitsProcessorList:
-    if sampling.temperature == 0:
-        return LogitsProcessorList()
-    steps: list[LogitsProcessor] = [TemperatureLogitsWarper(sampling.temperature)]
-    if sampling.top_p < 1:
-        steps.append(TopPLogitsWarper(sampling.top_p))
-    return LogitsProcessorList([*steps, _OwnDraws(numbers, sampling.seed)])
+    steps: list[LogitsProcessor] = [_RefuseNan()]
+    if sampling.temperature > 0:
+        steps.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_p < 1:
+            steps.append(TopPLogitsWarper(sampling.top_p))
+        steps.append(_OwnDraws(numbers, sampling.seed))
+    return LogitsProcessorList(steps)
 
 
 def _generate(

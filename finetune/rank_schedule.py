@@ -89,8 +89,12 @@ class RankSchedule(TrainerCallback):
             CheckFailed: they are of other matrices.
         """
         parameters = dict(self._model.base_model.model.named_parameters())
+        step = artifact.read_manifest(folder)["facts"]["step"]
         with as_written(folder / _SCORES):
-            self._put_back(load_file(str(folder / _SCORES)), parameters)
+            scores = load_file(str(folder / _SCORES))
+            if not scores and step < self._config.total_step - self._config.tfinal:
+                raise ValueError("no scores, while ranks still fall by them")
+            self._put_back(scores, parameters)
         saved = read_state(folder / _RANKS)
         with as_written(folder / _RANKS):
             ranks = {n: p.numel() for n, p in parameters.items() if ".lora_E." in n}

@@ -155,12 +155,15 @@ def as_json(scores: Sequence[Scores], against: Sequence[Paired]) -> dict[str, An
 
 def table(scores: Sequence[Scores], against: Sequence[Paired] = ()) -> str:
     """Models as columns, overall and by group; below, each difference with its interval."""
-    rows: list[list[str]] = [["", *(s.name for s in scores)], *_loss_rows(scores)]
+    has_loss = all(s.heldout for s in scores)
+    rows: list[list[str]] = [["", *(s.name for s in scores)]]
+    rows += _loss_rows(scores) if has_loss else []
     if (asked := _written(scores[0])) and against:
         same = [f"{pair.num_same_text}/{len(asked.answers)}" for pair in against]
         rows.append([f"same text as {scores[0].name}", "", *same])
     for name in scores[0].tasks:
         rows += _task_rows(name, [s.tasks[name] for s in scores])
+    rows += _detail_rows(scores) if has_loss else []
     lines = _aligned(rows)
     for pair in against:
         lines += ["", f"{pair.first} against {pair.other}"]
@@ -170,13 +173,18 @@ def table(scores: Sequence[Scores], against: Sequence[Paired] = ()) -> str:
 
 def _loss_rows(scores: Sequence[Scores]) -> list[list[str]]:
     losses = [s.heldout for s in scores if s.heldout]
-    if len(losses) < len(scores):
-        return []
-    rows = [
+    return [
         ["loss", *(f"{loss.loss:.4f}" for loss in losses)],
         ["perplexity", *(f"{loss.perplexity:.2f}" for loss in losses)],
+    ]
+
+
+def _detail_rows(scores: Sequence[Scores]) -> list[list[str]]:
+    """Other ways to see the loss, and the loss of parts."""
+    accuracies = [s.heldout.token_accuracy for s in scores if s.heldout]
+    rows = [
         ["bits per byte", *(_or_none(s.bits_per_byte, ".4f") for s in scores)],
-        ["token accuracy", *(f"{100 * loss.token_accuracy:.1f} %" for loss in losses)],
+        ["token accuracy", *(f"{100 * share:.1f} %" for share in accuracies)],
     ]
     if any(s.divergence for s in scores):
         found = [_or_none(s.divergence[0] if s.divergence else None, ".2g") for s in scores]

@@ -10,6 +10,7 @@ from pathlib import Path
 from finetune.config import RunConfig
 from finetune.data import load_data, load_heldout
 from finetune.errors import InputError
+from finetune.files import Findings
 from finetune.inference import (
     VARIANTS,
     Opened,
@@ -92,7 +93,34 @@ class Subject:
         asker = Asker(self.config, opened.base.tokenizer, opened.base.chat_format)
         tasks = self.config.eval.tasks
         questions = {task.name: asker.questions(task, documents) for task in tasks}
+        self._refuse_too_long(opened, documents, questions)
         return Rows(documents, questions, opened.base.tokenizer.get_vocab())
+
+    def _refuse_too_long(
+        self,
+        opened: Opened,
+        documents: Sequence[Document],
+        questions: Mapping[str, Sequence[Question]],
+    ) -> None:
+        """Past the context a model computes numbers that mean nothing, without an error."""
+        context = opened.base.architecture.context
+        findings = Findings()
+        for document in documents:
+            if (length := len(document.input_ids)) > context:
+                findings.add(
+                    f"{document.example.where}: {length:,} tokens; the model's context is "
+                    f"{context:,}. Leave the row out, or set data.max_length"
+                )
+        for task in self.config.eval.tasks:
+            longest = task.max_new_tokens or self.config.eval.max_new_tokens
+            for question in questions[task.name] if task.generates else ():
+                if (length := len(question.prompt) + longest) > context:
+                    findings.add(
+                        f"{question.where}: eval.tasks.{task.name}: a prompt of "
+                        f"{len(question.prompt):,} tokens and {longest:,} new ones are {length:,}; "
+                        f"the model's context is {context:,}. Lower max_new_tokens"
+                    )
+        findings.refuse()
 
     def text_rows(self, opened: Opened, name: str, window: int, stride: int) -> Rows:
         """Plain text in sliding windows; nothing is asked."""

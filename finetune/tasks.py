@@ -16,6 +16,7 @@ from finetune.files import Findings, find_files, iter_rows
 from finetune.llama.chat import ChatFormat
 from finetune.llama.tokenizer import encode_text
 from finetune.prepared import Document
+from finetune.scorers import make
 from finetune.shapes import Example
 
 GROUP_COLUMNS = ("family", "template")
@@ -112,15 +113,17 @@ class Asker:
             for row in iter_rows(path, findings):
                 try:
                     questions.append(self._question(task, row.where, row.columns))
-                except ValueError as error:
+                except (ValueError, InputError) as error:
                     findings.add(f"{row.where}: {error}")
         findings.refuse()
         return iter(questions)
 
     def _question(self, task: Task, where: str, row: Mapping[str, Any]) -> Question:
+        scorer = make(task.scorer, task.scorer_kwargs)
         text = filled(task.prompt or "", {name: _text(row, name) for name in task.columns})
         choices = _choices(row, task.choices) if task.choices else ()
-        expected = _expected(row, task.answer, choices)
+        expected = _expected(row, task.answer, choices, scorer.needs_expected)
+        scorer.check_expected(expected)
         prompt = tuple(self._prompt(text, task.system))
         documents = {c: self._with_answer(where, prompt, text, task.system, c) for c in choices}
         return Question(where, prompt, expected, groups_of(row), documents)
@@ -181,7 +184,11 @@ def _choices(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _expected(row: Mapping[str, Any], name: str, choices: tuple[str, ...]) -> tuple[str, ...]:
+def _expected(
+    row: Mapping[str, Any], name: str, choices: tuple[str, ...], is_needed: bool
+) -> tuple[str, ...]:
+    if name not in row and not is_needed:
+        return ()
     value = row.get(name)
     if choices and isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value < len(choices):

@@ -135,6 +135,12 @@ def step_lines(run: RunFolder) -> list[dict[str, Any]]:
     return [line for line in lines if "loss" in line]
 
 
+def heldout_lines(run: RunFolder) -> list[tuple[int, float]]:
+    """(step, held-out loss) of the lines of metrics.jsonl that are evaluations, in file order."""
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [(line["step"], line["heldout_loss"]) for line in lines if "heldout_loss" in line]
+
+
 def losses(run: RunFolder) -> list[float]:
     """The loss of every step, in order; each step is there once."""
     lines = step_lines(run)

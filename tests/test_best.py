@@ -1,4 +1,4 @@
-"""What held-out losses decide, against transformers' own callback, and its way over a checkpoint."""
+"""What held-out losses decide, against transformers' own callback; its way over a checkpoint."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ def test_best_and_stop_are_those_of_transformers(losses, patience, threshold, re
     assert by_us(losses, rules, resumed_after) == expected
 
 
-def watch_after(*losses, rules=Rules(load_best_model_at_end=True, patience=3)):
+KEEP_AND_STOP = Rules(load_best_model_at_end=True, patience=3)
+
+
+def watch_after(*losses, rules=KEEP_AND_STOP):
     watch = BestWatch(rules)
     for step, loss in enumerate(losses):
         watch.look(step, loss, 7)
@@ -76,6 +79,12 @@ def test_an_early_stop_says_what_it_waited_for():
         "stopped early after step 4: 3 evaluations without improvement on the held-out loss "
         "1.5000 of step 1"
     )
+
+
+def test_a_step_scored_twice_counts_once():
+    watch = watch_after(9.0, 1.0, 2.0)
+    assert not watch.look(2, 2.0, 7)
+    assert watch.num_without_improvement == 1
 
 
 def test_losses_of_other_rows_are_not_compared():

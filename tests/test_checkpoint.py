@@ -165,6 +165,11 @@ class TestWhichOne:
         kept = sorted(p.name for p in checkpoints.iterdir())
         assert kept == ["step-000100", "step-099999", "step-1000000"]
 
+    def test_pruning_leaves_the_protected_one(self, checkpoints):
+        checkpoint.prune(checkpoints, 2, protected=checkpoints / "step-000009")
+        kept = sorted(p.name for p in checkpoints.iterdir())
+        assert kept == ["step-000009", "step-099999", "step-1000000"]
+
     def test_pruning_reads_what_was_just_written_no_more_than_once(self, checkpoints, monkeypatch):
         read = []
         monkeypatch.setattr(artifact, "findings_of", lambda path: read.append(path.name) or [])

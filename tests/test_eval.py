@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_runs import Bench, embedded_rows, write_base, write_rows
 from transformers import AutoModelForCausalLM
 
@@ -167,7 +168,7 @@ class TestAnswers:
         head, _, *lines = capsys.readouterr().out.splitlines()
         assert head.split() == ["adapter", "base"]
         names = [line.split()[0] for line in lines if line]
-        assert {"loss", "perplexity", "exact"} <= set(names[:6])
+        assert {"loss", "perplexity", "exact"} <= set(names[:4])
         assert "  template unseen" in "\n".join(lines)
 
     def test_a_probe_continues_plain_text(self, learned, capsys, tmp_path):
@@ -271,3 +272,57 @@ class TestWhatIsRefused:
         path.write_text(json.dumps(content))
         assert main(["eval", str(run.path), "--against", str(other)]) == 2
         assert "tokenizer" in capsys.readouterr().err
+
+
+class TestBadInput:
+    """Nothing wrong ends in a number that looks right."""
+
+    def test_one_row_has_numbers_and_no_interval(self, run, capsys, tmp_path):
+        path = write_rows(tmp_path / "one.jsonl", embedded_rows("heldout", 1))
+        code, result = evaluate(capsys, run.path, "--data", path, "--against", "base")
+        assert (code, result["rows"]) == (0, 1)
+        assert result["compared"]["base"]["loss"]["low"] is None
+        assert main(["eval", str(run.path), "--data", str(path), "--against", "base"]) == 0
+        assert "nan" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [("", "is empty"), ("\n\n", "is empty"), ('{"question": "x"}\n', "question")],
+    )
+    def test_files_without_rows_to_score(self, run, capsys, tmp_path, content, message):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(content)
+        assert main(["eval", str(run.path), "--data", str(path)]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_rows_longer_than_the_context(self, run, capsys, tmp_path, small_base):
+        context = json.loads((small_base / "config.json").read_text())["max_position_embeddings"]
+        rows = embedded_rows("heldout", 3)
+        rows[1]["messages"][0]["content"] = "word " * context
+        path = write_rows(tmp_path / "long.jsonl", rows)
+        config = run.path / "config.yaml"
+        config.write_text(
+            re.sub(r"max_length: 128\b", f"max_length: {2 * context}", config.read_text())
+        )
+        assert main(["eval", str(run.path), "--data", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert f"{path}:2: " in error and f"context is {context:,}" in error
+        assert f"{path}:1" not in error
+
+    def test_a_run_without_an_adapter(self, bench, capsys):
+        run = bench.train()
+        shutil.rmtree(run.adapter)
+        assert main(["eval", str(run.path)]) == 2
+        assert "neither adapter nor model" in capsys.readouterr().err
+
+    def test_weights_that_give_no_numbers(self, run, capsys):
+        path = run.merged / "model.safetensors"
+        tensors = load_file(path)
+        name = "model.layers.1.mlp.down_proj.weight"
+        tensors[name][0, 0] = math.nan
+        save_file(tensors, path, {"format": "pt"})
+        (run.merged / "manifest.json").unlink()
+        assert main(["eval", str(run.merged), "--run", str(run.path)]) == 4
+        assert "the held-out loss is nan" in capsys.readouterr().err
+        assert main(["generate", str(run.merged), "--prompt", "Hello"]) == 4
+        assert "logits are not numbers" in capsys.readouterr().err

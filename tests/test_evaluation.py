@@ -1,4 +1,4 @@
-"""Evaluation that acts, on a run that overfits: four rows, a high rate, best long before the end."""
+"""Evaluation that acts, on a run that overfits: four rows, a high rate, best before the end."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import shutil
 import signal
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 from small_runs import (
     Bench,
     adapter_tensors,
     embedded_rows,
     flip_bit,
+    heldout_lines,
     losses,
     republish,
     same_bits,
     trainer_of,
     write_rows,
 )
-from test_resume import SETTINGS, Killed, heldout_losses, stopped_at
+from test_resume import SETTINGS, Killed, stopped_at
+from test_train import on_step
 
 from finetune import artifact, checkpoint
 from finetune.errors import CheckFailed, InputError, Interrupted
@@ -53,9 +56,17 @@ def stopped(tmp_path_factory, small_base):
     return overfitting(Bench(tmp_path_factory.mktemp("stopped"), small_base)).train(*STOP)
 
 
+def over(settings, *others):
+    """Settings, each of them once: the later counts."""
+    return [
+        f"{key}={value}"
+        for key, value in dict(s.split("=", 1) for s in (*settings, *others)).items()
+    ]
+
+
 def best_of(run):
     """(step, loss) by the file: of all held-out losses after step 1 the lowest, the earliest."""
-    held = [(step, loss) for step, loss in heldout_losses(run) if step]
+    held = [(step, loss) for step, loss in heldout_lines(run) if step]
     return min(held, key=lambda line: (line[1], line[0]))
 
 
@@ -78,7 +89,7 @@ def assert_published(run, step):
 
 def assert_same_end(found, expected):
     assert losses(found) == losses(expected)
-    assert heldout_losses(found) == heldout_losses(expected)
+    assert heldout_lines(found) == heldout_lines(expected)
     assert same_bits(adapter_tensors(found), adapter_tensors(expected))
     assert found.state() == expected.state()
     assert [facts_of(r)["step"] for r in (found, expected)] == [8, 8]
@@ -93,7 +104,7 @@ def assert_same_end(found, expected):
 class TestTheBest:
     def test_it_stops_after_three_evaluations_without_improvement(self, stopped):
         assert best_of(stopped)[0] == 8
-        assert [step for step, _ in heldout_losses(stopped)] == [0, 2, 4, 6, 8, 10, 12, 14]
+        assert [step for step, _ in heldout_lines(stopped)] == [0, 2, 4, 6, 8, 10, 12, 14]
         assert len(losses(stopped)) == 14
         state = stopped.state()
         assert (state["state"], state["exit_code"]) == ("finished", 0)
@@ -128,18 +139,18 @@ class TestTheBest:
         assert "the last weights are published, not the best" in capfd.readouterr().err
         assert_published(run, 14)
         assert facts_of(run)["step"] == 14
-        assert facts_of(run)["heldout_loss"] == heldout_losses(run)[-1][1]
+        assert facts_of(run)["heldout_loss"] == heldout_lines(run)[-1][1]
 
     def test_a_threshold_asks_for_more(self, few):
         """From 8.00 at step 2 to 7.66 at step 8 is a fall by less than 0.5."""
         few.train(*STOP, "train.early_stopping_threshold=0.5")
         run = few.run_folder()
-        assert [step for step, _ in heldout_losses(run)][-1] == 8
+        assert [step for step, _ in heldout_lines(run)][-1] == 8
         assert facts_of(run)["step"] == 8, "the lowest, were it by less"
 
     def test_where_training_makes_it_worse_it_is_said_and_recorded(self, few, capfd):
-        run = few.train(*BEST, "train.learning_rate=0.3", "train.max_steps=4")
-        before, after = heldout_losses(run)[0][1], best_of(run)[1]
+        run = few.train(*over(BEST, "train.learning_rate=0.3", "train.max_steps=4"))
+        before, after = heldout_lines(run)[0][1], best_of(run)[1]
         assert after > before
         reason = run.state()["reason"]
         assert f"no better: {before:.4f} before step 1, {after:.4f} of step" in reason
@@ -154,12 +165,19 @@ class TestTheBest:
         assert "is finished; nothing to do" in capfd.readouterr().err
         assert {p: p.read_bytes() for p in stopped.path.rglob("*") if p.is_file()} == before
 
-    def test_ranks_that_fell_later_are_put_back(self, few):
-        """AdaLoRA's masks are no parameters' and come with the checkpoint."""
-        adalora = ("adapter.method=adalora", "adapter.init_r=6", "adapter.target_r=2")
-        steps = ("adapter.tinit=1", "adapter.tfinal=1", "train.max_steps=12")
-        run = few.train(*BEST, *adalora, *steps, "adapter.r=null")
-        assert facts_of(run)["step"] == best_of(run)[0] < 12
+    def test_ranks_that_fell_later_are_put_back(self, few, monkeypatch):
+        """AdaLoRA's scores and ranks are no parameters, and come with the checkpoint."""
+
+        def spoil(trainer):
+            for parameter in checkpoint.trained_parameters(trainer.model).values():
+                parameter.data *= 4
+
+        values = yaml.safe_load(few.config_file.read_text())
+        values["adapter"] = {"method": "adalora", "init_r": 6, "target_r": 2, "tfinal": 1}
+        few.config_file.write_text(yaml.safe_dump(values))
+        on_step(monkeypatch, spoil, last_step=9)
+        run = few.train(*over(BEST, "train.max_steps=12"))
+        assert facts_of(run)["step"] == best_of(run)[0] == 8
         opened = open_variant(run, "adapter")
         documents = trainer_of(few.load(*ROWS, "run.name=other")).ours.heldout
         found = score(opened.model, documents, 8, opened.device).loss
@@ -172,8 +190,8 @@ class TestAtTheStart:
         without = bench.train(*SETTINGS, "train.eval_on_start=false", "run.name=without")
         assert losses(with_it) == losses(without)
         assert same_bits(adapter_tensors(with_it), adapter_tensors(without))
-        assert heldout_losses(with_it)[1:] == heldout_losses(without)
-        assert heldout_losses(with_it)[0][0] == 0
+        assert heldout_lines(with_it)[1:] == heldout_lines(without)
+        assert heldout_lines(with_it)[0][0] == 0
         last = [r.checkpoints / "step-000010" for r in (with_it, without)]
         assert len({(path / "rng.json").read_text() for path in last}) == 1
         moments = [load_file(path / "optimizer.safetensors") for path in last]
@@ -181,15 +199,15 @@ class TestAtTheStart:
 
     def test_it_is_the_bases_own_loss_without_eval_steps_too(self, bench, capfd):
         run = bench.train("train.max_steps=2")
-        assert [step for step, _ in heldout_losses(run)] == [0, 2]
+        assert [step for step, _ in heldout_lines(run)] == [0, 2]
         assert (
-            f"heldout  step 0: {heldout_losses(run)[0][1]:.4f} nats a token (before training)"
+            f"heldout  step 0: {heldout_lines(run)[0][1]:.4f} nats a token (before training)"
             in capfd.readouterr().err
         )
         opened = open_variant(run, "base")
         documents = trainer_of(bench.load("run.name=other")).ours.heldout
         assert score(opened.model, documents, 8, opened.device).loss == pytest.approx(
-            heldout_losses(run)[0][1], abs=1e-6
+            heldout_lines(run)[0][1], abs=1e-6
         )
 
     def test_it_is_the_first_thing_to_run_out_of_memory(self, bench, monkeypatch):
@@ -207,7 +225,7 @@ class TestAtTheStart:
         capfd.readouterr()
         run = bench.train(*SETTINGS)
         assert "before training" not in capfd.readouterr().err
-        assert [step for step, _ in heldout_losses(run)] == [0, 4, 8, 10]
+        assert [step for step, _ in heldout_lines(run)] == [0, 4, 8, 10]
 
 
 class TestKilled:
@@ -225,7 +243,7 @@ class TestKilled:
             with pytest.raises(Killed):
                 train(few.load(*STOP))
         run = few.run_folder()
-        assert heldout_losses(run)[-1][0] == step
+        assert heldout_lines(run)[-1][0] == step
         assert max(steps_kept(run)) < step
         few.train(*STOP)
         assert_same_end(run, stopped)
@@ -258,10 +276,10 @@ class TestKilled:
         error = stopped_at(few, monkeypatch, step, *STOP, action=send)
         assert isinstance(error, Interrupted)
         run = few.run_folder()
-        assert heldout_losses(run)[-1][0] == step - 2
+        assert heldout_lines(run)[-1][0] == step - 2
         few.train(*STOP)
         assert losses(run) == losses(stopped)
-        assert heldout_losses(run) == heldout_losses(stopped)
+        assert heldout_lines(run) == heldout_lines(stopped)
         assert same_bits(adapter_tensors(run), adapter_tensors(stopped))
         assert run.state() == stopped.state()
 
@@ -274,7 +292,7 @@ class TestKilled:
         shutil.copytree(few.run_folder().path, few.run_folder("run.name=on").path)
         run = few.train(*ROWS, "train.save_steps=3")
         assert losses(run)[:14] == losses(stopped)
-        assert heldout_losses(run)[:8] == heldout_losses(stopped)
+        assert heldout_lines(run)[:8] == heldout_lines(stopped)
         on = few.run_folder("run.name=on")
         on.config_file.write_text(on.config_file.read_text().replace("name: small", "name: on"))
         settings = (*STOP, "train.save_steps=3", "run.name=on")
@@ -284,19 +302,22 @@ class TestKilled:
 
 
 class TestDamage:
-    def test_a_damaged_best_is_not_published_and_the_last_may_be(self, few, monkeypatch, stopped):
+    def test_a_damaged_best_is_not_published_and_the_last_may_be(self, few, monkeypatch):
         run = few.run_folder()
 
         def damage(trainer):
             flip_bit(run.checkpoints / "step-000008" / "trained.safetensors")
 
-        stopped_at(few, monkeypatch, 13, *STOP, action=damage)
+        with monkeypatch.context() as patch:
+            on_step(patch, damage, last_step=13)
+            with pytest.raises(CheckFailed, match="step-000008.*its content differs"):
+                train(few.load(*STOP))
         assert not run.adapter.exists()
         assert run.state()["exit_code"] == 3
-        with pytest.raises(CheckFailed, match=r"step-000008.*the last checkpoint stays") as caught:
+        with pytest.raises(CheckFailed, match=r"step-000008.*The last checkpoint stays") as caught:
             train(few.load(*STOP))
         assert "train.load_best_model_at_end=false" in str(caught.value)
-        off = few.load(*STOP, "train.load_best_model_at_end=false")
+        off = few.load(*over(STOP, "train.load_best_model_at_end=false"))
         assert train(off, ["train.load_best_model_at_end"]) == 0
         assert_published(run, 14)
         assert run.state()["reason"].startswith("stopped early after step 14")
@@ -318,9 +339,9 @@ class TestDrift:
     def test_where_evaluation_acts_its_steps_decide(self, few, monkeypatch):
         stopped_at(few, monkeypatch, 5, *STOP)
         with pytest.raises(InputError, match="train.eval_steps: the folder has 2, the config 3"):
-            train(few.load(*STOP, "train.eval_steps=3"))
+            train(few.load(*over(STOP, "train.eval_steps=3")))
         with pytest.raises(InputError, match="train.early_stopping_patience"):
-            train(few.load(*STOP, "train.early_stopping_patience=9"))
+            train(few.load(*over(STOP, "train.early_stopping_patience=9")))
 
     def test_more_patience_lets_a_stopped_run_go_on(self, few, monkeypatch):
         """Killed after its stop and before it was published."""
@@ -332,7 +353,7 @@ class TestDrift:
             patch.setattr("finetune.stages.publish", dies)
             with pytest.raises(Killed):
                 train(few.load(*STOP))
-        more = few.load(*STOP, "train.early_stopping_patience=4")
+        more = few.load(*over(STOP, "train.early_stopping_patience=4"))
         assert train(more, ["train.early_stopping_patience"]) == 0
         assert len(losses(few.run_folder())) == 16
 

@@ -117,6 +117,18 @@ class TestQuestions:
         assert f"{path}:2: column question is list" in str(caught.value)
         assert f"{path}:3: no column answer; there are question" in str(caught.value)
 
+    def test_answers_that_nothing_could_match(self, asker, bench, tmp_path):
+        rows = [{"question": "a", "answer": "7"}, {"question": "a", "answer": "seven"}]
+        path = write_rows(tmp_path / "r.jsonl", rows)
+        task = self.task(bench, scorer="numeric", data=str(path), prompt="{question}")
+        with pytest.raises(InputError, match=r"r.jsonl:2: numeric: the accepted answer 'seven'"):
+            asker.questions(task, [])
+
+    def test_a_scorer_of_the_form_needs_no_answer(self, asker, bench, tmp_path):
+        path = write_rows(tmp_path / "r.jsonl", [{"question": "a"}])
+        task = self.task(bench, scorer="json", data=str(path), prompt="{question}")
+        assert asker.questions(task, [])[0].expected == ()
+
     @pytest.mark.parametrize(
         ("row", "message"),
         [

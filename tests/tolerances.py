@@ -44,10 +44,11 @@ HELDOUT_BATCHES = 2e-8
 
 HELDOUT_FLOAT64 = 1e-9
 """The held-out loss of a model in float64, packed in batches of 1 to 16 and padded left or right by
-plain transformers, relative."""
+plain transformers (its norms in float64 too), relative; measured 2.2e-16. Attention in float32
+inside a float64 model, which ours once had: 4.2e-9."""
 
 HELDOUT_PADDED = 1e-6
-"""The same in float32."""
+"""The same in float32; measured 3.8e-9."""
 
 HELDOUT_ROWS = 3e-6
 """The loss of one document in batches of 1 to all, relative: no averaging of float32's roundings;

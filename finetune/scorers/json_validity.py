@@ -91,11 +91,14 @@ class JsonValidity(Scorer):
 
     def _why_not_valid(self, value: Any) -> str | None:
         from jsonschema.exceptions import best_match
+        from referencing.exceptions import Unresolvable
 
         try:
             error = best_match(self._validator.iter_errors(value))
         except RecursionError:
             raise InputError(f"{self.name}: the schema refers to itself without end") from None
+        except Unresolvable as found:
+            raise InputError(f"{self.name}: the schema does not hold {found.ref!r}") from None
         return f"{error.json_path}: {error.message}" if error else None
 
     @cached_property
@@ -199,8 +202,9 @@ def _reference_findings(schema: Any) -> Iterator[str]:
 
 def _references(schema: Any) -> Iterator[str]:
     if isinstance(schema, dict):
-        if isinstance(schema.get("$ref"), str):
-            yield schema["$ref"]
+        for key in ("$ref", "$dynamicRef", "$recursiveRef"):
+            if isinstance(schema.get(key), str):
+                yield schema[key]
         schema = list(schema.values())
     if isinstance(schema, list):
         for part in schema:

@@ -35,7 +35,7 @@ _NUMBER = re.compile(
     r"|(?P<plain>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\.)\.\d+)"
     r"(?P<exponent>[eE][+-]?\d{1,3}(?!\w))?)"
 )
-_HASHES = re.compile(r"####[\W_]{0,20}?" + _NUMBER.pattern)
+_HASHES = re.compile(r"####[\W_]{0,8}?" + _NUMBER.pattern)
 _MARKS = re.compile(r"\banswer\W{0,10}?(?:is\b|[:=])|\\boxed\s*\{", re.IGNORECASE)
 
 _MINUS_SIGNS = str.maketrans({"\u2212": "-", "\uff0d": "-", "\ufe63": "-"})

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from finetune.errors import InputError
 from finetune.scorers import make
+from finetune.scorers.json_validity import JsonValidity
 
 SCALARS = st.none() | st.booleans() | st.integers(-9, 9) | st.text('ab"\\é\n', max_size=3)
 VALUES = st.recursive(
@@ -142,3 +143,15 @@ def test_a_schema_without_end_is_an_error_and_no_score():
     endless = make("json", {"schema": {"$ref": "#"}})
     with pytest.raises(InputError, match="the schema refers to itself without end"):
         endless.score("1", [])
+
+
+@pytest.mark.parametrize("key", ["$ref", "$dynamicRef"])
+def test_nothing_is_fetched_for_a_schema(key, monkeypatch):
+    schema = {"items": {key: "http://127.0.0.1:9/other.json"}}
+    with pytest.raises(InputError, match="schema: refers to 'http://127.0.0.1:9/other.json'"):
+        make("json", {"schema": schema})
+    fetched = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda request: fetched.append(request))
+    with pytest.raises(InputError, match="does not hold 'http://127.0.0.1:9/other.json'"):
+        JsonValidity(schema).score("[1]", [])
+    assert fetched == []

@@ -138,7 +138,7 @@ def test_the_tolerance_is_as_written_and_has_no_rounding():
     assert make("numeric", {"tolerance": 1}).score("7", ["6"]) == 1
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(60)  # a search from every mark to the end would take minutes
 def test_long_texts_take_time_that_grows_with_their_length():
     for piece in ("#", "answer:", "1,", "1 ", "\\boxed{", "####1/", "- "):
-        extract(piece * (20_000 // len(piece)))
+        extract(piece * (60_000 // len(piece)))

@@ -109,6 +109,7 @@ def test_all_findings_about_settings_come_together():
         ("numeric", {"tolerance": "0.1"}, "tolerance: found '0.1'; allowed: a number"),
         ("numeric", {"tolerance": True}, "tolerance: found true; allowed: a number"),
         ("numeric", {"tolerance": float("nan")}, "tolerance: found nan; allowed: a number"),
+        ("numeric", {"tolerance": float("inf")}, "tolerance: found inf; allowed: a number"),
         ("numeric", {"tolerance": -1}, "tolerance: found -1; allowed: a number >= 0"),
         ("chrf", {"word_order": 2.0}, "word_order: found 2.0; allowed: a whole number"),
         ("chrf", {"beta": 0}, "beta: found 0; allowed: a whole number from 1 to 100"),

@@ -19,10 +19,10 @@ from finetune.identity import settings_of
 ENDLESS = (
     r"(([a-z_0-9.]+)+)+x",
     r"(.*)*(.*)*!",
-    r"(.|..)*!",
-    r"(.?){60}.{60}",
+    r"(.|..)*(.|..)*!",
+    r"(.?){40}(.?){40}!",
     ".*" * 30 + "!",
-    r"model\.layers\.1\.(\w+\.?)+!",  # on one layer alone
+    r"model\.layers\.1\.(([a-z_.]+)+)+!",  # on one layer alone
 )
 PLACES = {
     "target_modules": lambda text: {"target_modules": text},

@@ -273,7 +273,7 @@ def adalora_bench(tmp_path_factory, small_base):
         (_with_ranks({"rank_pattern": 3}), 3),
         (_with_ranks([]), 3),
         (_with_scores({"ipt/x": torch.zeros(1)}), 3),
-        (_with_scores({}), 0),  # as before the first score
+        (_with_scores({}), 3),
     ],
 )
 def test_adaloras_scores_are_looked_at_too(adalora_bench, tmp_path, ended, change, code):
