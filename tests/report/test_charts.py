@@ -74,6 +74,7 @@ def test_ids_are_unlike_any_others():
     assert ids and len(ids) == len(set(ids))
     for chart in drawn:
         own = set(re.findall(r'\bid="([^"]*)"', chart.svg))
+        assert all(name.startswith(f"{chart.name}-") for name in own)
         assert set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', chart.svg)) == own
 
 
