@@ -44,6 +44,7 @@ LINES = (
     "recipes monitor proof exports scoring",
     "stages resume",
     "train generate merge export report doctor verify train_tokenizer scoreboard subject",
+    "harness",
     "eval",
     "smoke",
     "__main__",
