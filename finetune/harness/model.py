@@ -11,7 +11,8 @@ Imports lm_eval, so it is imported only where that is needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,18 @@ from finetune.errors import InputError
 from finetune.fast.loss import has_soft_prompt
 from finetune.inference import Opened
 from finetune.llama.tokenizer import encode_text
+
+
+@contextlib.contextmanager
+def _tied_already(model: Any) -> Iterator[None]:
+    """The wrapper ties the weights of what it is given anew; over an embedding that PEFT holds
+    (trainable tokens) that fails, and a loaded model is tied already.
+    """
+    model.tie_weights = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 class HarnessModel(HFLM):
@@ -37,14 +50,15 @@ class HarnessModel(HFLM):
     """
 
     def __init__(self, opened: Opened, batch_size: int) -> None:
-        super().__init__(
-            pretrained=opened.model,
-            backend="causal",
-            tokenizer=opened.base.tokenizer,
-            max_length=opened.base.architecture.context,
-            softmax_dtype=torch.float32,
-            batch_size=1 if has_soft_prompt(opened.model) else batch_size,
-        )
+        with _tied_already(opened.model):
+            super().__init__(
+                pretrained=opened.model,
+                backend="causal",
+                tokenizer=opened.base.tokenizer,
+                max_length=opened.base.architecture.context,
+                softmax_dtype=torch.float32,
+                batch_size=1 if has_soft_prompt(opened.model) else batch_size,
+            )
         self.num_cut = 0
         self._chat_format = opened.base.chat_format
         self._stops = opened.stop_ids()

@@ -107,7 +107,7 @@ class _Found:
         )
 
     def _of_text(self) -> HarnessScore:
-        sums = [_first(sample["filtered_resps"]) / math.log(2) for sample in self._samples]
+        sums = [sample["filtered_resps"][0] / math.log(2) for sample in self._samples]
         sizes = [len(sample["arguments"][0][0].encode()) for sample in self._samples]
         if not sum(sizes):
             raise InputError(f"--lm-eval {self._name}: its documents have no text")
@@ -131,9 +131,8 @@ class _Found:
     def _made(
         self, metric: str, score: float, values: Sequence[float], **more: Any
     ) -> HarnessScore:
-        named = Task.model_construct(
-            name=self._name, version=self._version, scorer=f"lm-eval:{metric}"
-        )
+        label: Any = f"lm-eval:{metric}"  # none of our own scorers' names
+        named = Task.model_construct(name=self._name, version=self._version, scorer=label)
         answers = [
             _answer(self._name, sample, value)
             for sample, value in zip(self._samples, values, strict=True)
@@ -172,7 +171,7 @@ def _answer(name: str, sample: Sample, value: float) -> Answer:
     """One document: what was asked, what is right, what was written or chosen."""
     prompt, target = sample["arguments"][0][0], sample["target"]
     responses = sample["filtered_resps"]
-    written = str(_first(responses)) if isinstance(_first(responses), str) else ""
+    written = responses[0] if isinstance(responses[0], str) else ""
     if len(responses) > 1 and all(len(response) == 2 for response in responses):
         choices = [arguments[1].strip() for arguments in sample["arguments"]]
         if len(set(choices)) == 1:  # the questions differ, not the answers
@@ -183,10 +182,6 @@ def _answer(name: str, sample: Sample, value: float) -> Answer:
     expected = target if isinstance(target, (list, tuple)) else [target]
     where = f"{name}:{sample['doc_id']}"
     return Answer(where, prompt, tuple(map(str, expected)), written, value, {})
-
-
-def _first(responses: Sequence[Any]) -> Any:
-    return responses[0]
 
 
 def _is_number(value: Any) -> bool:
