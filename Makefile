@@ -18,7 +18,7 @@ DEMO := configs/lora_nano.yaml
 DEMO_RUN := runs/lora_nano
 NANO := assets/llama-nano
 
-.PHONY: help setup demo train eval merge report compare faults test test-slow check sbom format clean
+.PHONY: help setup setup-lm-eval demo train eval merge report compare faults test test-slow check sbom format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ $(STAMP): constraints.txt pyproject.toml
 	$(PY) -m pip install $(PIP_ARGS) -r constraints.txt
 	$(PY) -m pip check
 	@touch $@
+
+setup-lm-eval: $(STAMP)  ## lm-evaluation-harness too, for `eval --lm-eval`
+	$(PY) -m pip install $(PIP_ARGS) -c constraints.txt -r constraints-lm-eval.txt
+	$(PY) -m pip check
 
 demo: $(STAMP)  ## train, merge with proof, evaluate, on the embedded base: four minutes
 	$(PY) -m finetune train $(DEMO) $(ARGS)

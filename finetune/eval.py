@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune import scoreboard, witness
+from finetune import harness, scoreboard, witness
 from finetune.artifact import make_folder, write_json, write_text
 from finetune.errors import InputError
 from finetune.inference import Opened, folder_config, open_folder, open_variant, trained_variant
@@ -28,9 +28,15 @@ def main(argv: Sequence[str]) -> int:
     if args.probe:
         return _main_probe(args)
     subject = find_subject(args.target, args.against, args.run)
-    scores = _scores(subject, args)
+    about = _about(args)
+    if args.lm_eval:
+        names = [name for name in args.lm_eval.split(",") if name]
+        scores, found = harness.evaluate(subject, names, args.lm_eval_tasks, args.limit)
+        about |= found
+    else:
+        scores = _scores(subject, args)
     against = [scoreboard.paired(scores[0], other) for other in scores[1:]]
-    result = {**scoreboard.as_json(scores, against), **_about(args)}
+    result = {**scoreboard.as_json(scores, against), **about}
     if subject.run:
         _save(subject.run, result, scores, args)
     print(json.dumps(result, indent=2) if args.json else scoreboard.table(scores, against))
@@ -82,6 +88,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--window", type=int, help="tokens of a window (with --text; 1024)")
     parser.add_argument("--stride", type=int, help="new tokens of a window (half of the window)")
     parser.add_argument("--probe", type=Path, help="rows of prompt and answer, as plain text")
+    parser.add_argument("--lm-eval", help="tasks of lm-evaluation-harness (comma between)")
+    parser.add_argument("--lm-eval-tasks", type=Path, help="a folder that describes such tasks")
+    parser.add_argument("--limit", type=int, help="only so many documents (with --lm-eval)")
     parser.add_argument(
         "--fail-if-worse", action="store_true", help="exit 3 if surely worse (5 %%)"
     )
@@ -98,7 +107,12 @@ def _refuse_idle(args: argparse.Namespace) -> None:
         found.append("--fail-if-worse has no effect without --against; name what to beat")
     if args.text is None and (args.window or args.stride):
         found.append("--window and --stride have no effect without --text")
+    if args.lm_eval is None and (args.lm_eval_tasks or args.limit is not None):
+        found.append("--lm-eval-tasks and --limit have no effect without --lm-eval")
+    if args.limit is not None and args.limit < 1:
+        found.append(f"--limit {args.limit}: allowed: 1 or more documents")
     sources = {"--data": args.data, "--text": args.text, "--probe": args.probe}
+    sources["--lm-eval"] = args.lm_eval
     if len(given := [name for name, value in sources.items() if value is not None]) > 1:
         found.append(f"{' and '.join(given)}: one of them at a time")
     if args.window is not None and args.window < 2:
@@ -136,11 +150,12 @@ def _save(
 ) -> None:
     """The numbers in one file, each model's answers to each task in another."""
     source = args.data or (Path(args.text) if args.text else None)
-    stem = source.name.split(".")[0] if source else "heldout"
+    stem = source.name.split(".")[0] if source else "lm-eval" if args.lm_eval else "heldout"
     for position, model in enumerate(scores):
         kept = result if position == 0 else result["against"][position - 1]
         for name, task in model.tasks.items():
-            file = f"answers/{stem}.{name}.{Path(model.name).name}.jsonl"
+            task_name = name.replace("/", "_")  # the harness takes any name
+            file = f"answers/{stem}.{task_name}.{Path(model.name).name}.jsonl"
             make_folder(run.eval / "answers")
             lines = [json.dumps(answer.as_json(), ensure_ascii=False) for answer in task.answers]
             write_text(run.eval / file, "".join(f"{line}\n" for line in lines))

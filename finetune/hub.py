@@ -37,7 +37,7 @@ def download(hub_id: str, revision: str | None, with_weights: bool = True) -> Pa
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = [*_TEXT_FILES, *(_WEIGHT_FILES if with_weights else ())]
-    _go_online("base", hub_id)
+    go_online("base", hub_id)
     try:
         folder = Path(
             huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=patterns)
@@ -94,7 +94,7 @@ def download_dataset(hub_id: str, split: str, revision: str | None, root: Path) 
         InputError: unknown id or split, no access, no network.
         CheckFailed: another commit than the one asked for.
     """
-    _go_online("data", hub_id)  # before `datasets` is imported, which reads the setting
+    go_online("data", hub_id)  # before `datasets` is imported, which reads the setting
     import datasets
 
     datasets.disable_progress_bars()
@@ -139,7 +139,7 @@ def _commit_of(rows: Any) -> str | None:
     return next((name for name in folders if is_commit(name)), None)
 
 
-def _go_online(what: str, hub_id: str) -> None:
+def go_online(what: str, hub_id: str) -> None:
     """Lifts the offline mode that the package sets, unless the user set it."""
     if OFFLINE_BY_CHOICE:
         return

@@ -29,6 +29,7 @@ class Paired:
             the rows' scores).
         changed: the rows whose loss differs most: place, nats a token of the first and the other.
         num_same_text: answers that are the same to the letter; None where none were asked for.
+        amounts: of the metrics, those that are no shares.
     """
 
     first: str
@@ -36,6 +37,7 @@ class Paired:
     metrics: dict[str, Comparison]
     changed: Changed
     num_same_text: int | None
+    amounts: frozenset[str] = frozenset({LOSS})
 
     def as_json(self) -> dict[str, Any]:
         """For the result's file."""
@@ -57,20 +59,23 @@ def paired(first: Scores, other: Scores) -> Paired:
         metrics[LOSS] = compare(sums[0], sums[1], counts, SAME_LOSS)
         changed = _most_changed(first, other)
     for name, task in first.tasks.items():
+        weights = task.weights or (1.0,) * len(task.answers)
         scored = [
-            [a.score for a in answers] for answers in (task.answers, other.tasks[name].answers)
+            [a.score * weight for a, weight in zip(answers, weights, strict=True)]
+            for answers in (task.answers, other.tasks[name].answers)
         ]
-        metrics[name] = compare(scored[0], scored[1])
+        metrics[name] = compare(scored[0], scored[1], weights)
     same_text = None
     if asked := _written(first):
         pairs = zip(asked.answers, other.tasks[asked.task.name].answers, strict=True)
         same_text = sum(a.written == b.written for a, b in pairs)
-    return Paired(first.name, other.name, metrics, changed, same_text)
+    amounts = {LOSS, *(name for name, task in first.tasks.items() if not task.is_share)}
+    return Paired(first.name, other.name, metrics, changed, same_text, frozenset(amounts))
 
 
 def _written(scores: Scores) -> TaskScore | None:
     """The first task in which the model writes."""
-    return next((task for task in scores.tasks.values() if task.task.generates), None)
+    return next((task for task in scores.tasks.values() if task.generates), None)
 
 
 def _most_changed(first: Scores, other: Scores) -> Changed:
@@ -111,19 +116,20 @@ def refuse_worse(against: Sequence[Paired]) -> None:
         is_worse = found.difference > SAME_LOSS if name == LOSS else found.difference < 0
         p_value = found.p_higher if name == LOSS else found.p_lower
         if is_worse and p_value < level:
-            worse.append(f"{pair.first} is worse than {pair.other}: {_sentence(name, found)}")
+            worse.append(f"{pair.first} is worse than {pair.other}: {_sentence(pair, name)}")
     if worse:
         raise CheckFailed("\n".join(worse))
 
 
-def _sentence(name: str, found: Comparison) -> str:
+def _sentence(pair: Paired, name: str) -> str:
     """One comparison in words."""
+    found = pair.metrics[name]
+    numbers = (found.difference, found.low, found.high)
+    is_amount = name in pair.amounts
+    amounts = [f"{x:+.4f}" if is_amount else f"{100 * x:+.1f} %" for x in numbers]
+    better, worse = found.num_higher, found.num_lower
     if name == LOSS:
-        amounts = [f"{x:+.4f}" for x in (found.difference, found.low, found.high)]
-        better, worse = found.num_lower, found.num_higher
-    else:
-        amounts = [f"{100 * x:+.1f} %" for x in (found.difference, found.low, found.high)]
-        better, worse = found.num_higher, found.num_lower
+        better, worse = worse, better
     return (
         f"{_words(name)} {amounts[0]} (95 %: {amounts[1]} to {amounts[2]}), "
         f"p {found.p_value:.2g}; better on {better:,} rows, worse on {worse:,}, "
@@ -138,7 +144,8 @@ def line(scores: Scores) -> str:
         result = scores.heldout
         parts.append(f"loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
     for name, task in scores.tasks.items():
-        parts.append(f"{_words(name)} {100 * task.score:.1f} % of {len(task.answers):,}")
+        total = f"{100 * task.score:.1f} %" if task.is_share else f"{task.score:.4f}"
+        parts.append(f"{_words(name)} {total} of {len(task.answers):,}")
     return ", ".join(parts)
 
 
@@ -167,7 +174,7 @@ def table(scores: Sequence[Scores], against: Sequence[Paired] = ()) -> str:
     lines = _aligned(rows)
     for pair in against:
         lines += ["", f"{pair.first} against {pair.other}"]
-        lines += [f"  {_sentence(name, found)}" for name, found in pair.metrics.items()]
+        lines += [f"  {_sentence(pair, name)}" for name in pair.metrics]
     return "\n".join(lines)
 
 
@@ -215,6 +222,8 @@ def _or_none(value: float | None, form: str) -> str:
 
 def _total(task: TaskScore) -> str:
     """The score; with the count of right answers where every one is right or wrong."""
+    if not task.is_share:
+        return f"{task.score:.4f}"
     if all(answer.score in (0.0, 1.0) for answer in task.answers):
         right = sum(int(answer.score) for answer in task.answers)
         return _share(right, len(task.answers))

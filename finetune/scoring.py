@@ -58,12 +58,21 @@ class TaskScore:
         scorer_version: of the scorer.
         score: of all answers together.
         answers: in the order of the rows.
+        is_share: whether scores lie from 0 to 1; others are shown as they are.
+        weights: how much each answer counts in the score; empty: all the same.
     """
 
     task: Task
     scorer_version: int
     score: float
     answers: tuple[Answer, ...]
+    is_share: bool = True
+    weights: tuple[float, ...] = ()
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model writes its answers."""
+        return self.task.generates
 
     def by_group(self, column: str) -> dict[str, tuple[float, int]]:
         """Value of a column -> (sum of the scores, answers)."""

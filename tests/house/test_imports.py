@@ -45,6 +45,7 @@ LINES = (
     "recipes monitor proof exports scoring reports",
     "stages resume",
     "train generate merge export report doctor verify train_tokenizer scoreboard subject",
+    "harness",
     "eval",
     "smoke",
     "__main__",
