@@ -34,7 +34,9 @@ def sums(tmp_path):
 
 
 def with_tasks(bench: Bench, *tasks: dict) -> RunFolder:
-    return bench.train(f"eval.tasks={json.dumps(list(tasks))}", "eval.max_new_tokens=8")
+    writes = any(task["scorer"] != "multiple_choice" for task in tasks)
+    short = ["eval.max_new_tokens=8"] if writes else []
+    return bench.train(f"eval.tasks={json.dumps(list(tasks))}", *short)
 
 
 class TestConfig:
@@ -242,7 +244,9 @@ class TestEval:
         assert found["tasks"]["c"]["score"] in (0, 1 / 3, 2 / 3, 1)
 
     def test_sources_and_turns_add_up(self, bench, capsys, tmp_path):
-        rows = [r for r in embedded_rows("train", 400) if len(r["messages"]) > 2][:3]
+        said = [[m["role"] for m in row["messages"]] for row in embedded_rows("train", 2000)]
+        several = [n for n, roles in enumerate(said) if roles.count("assistant") == 2]
+        rows = [embedded_rows("train", 1, n)[0] for n in several[:3]]
         more = write_rows(tmp_path / "more.jsonl", [*rows, *embedded_rows("heldout", 2)])
         run = bench.train(f"data.heldout=[{bench.heldout_file}, {more}]", "data.on_overlap=allow")
         code, found = evaluate(capsys, run.path)
