@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 
 from finetune.config.section import Section, Text, as_tuple
 from finetune.errors import InputError
-from finetune.scorers import make
+from finetune.scorers import SCORERS, make
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]{0,63}$")]
 
@@ -152,9 +152,16 @@ def _prompt_findings(prompt: str) -> list[str]:
     return []
 
 
-def _as_tasks(value: Any) -> Any:
-    tasks = as_tuple(value)
-    return tuple({"name": t, "scorer": t} if isinstance(t, str) else t for t in tasks)
+def _as_task(value: Any) -> Any:
+    """A scorer's name as the task that asks the held-out rows and is judged by it."""
+    if not isinstance(value, str):
+        return value
+    texts = [name for name, kind in SCORERS.items() if kind.is_text]
+    if value not in texts:
+        raise ValueError(
+            f"allowed: {', '.join(texts)}, or a mapping {{name, scorer, data, prompt, …}}"
+        )
+    return {"name": value, "scorer": value}
 
 
 def _named_once(tasks: tuple[Task, ...]) -> tuple[Task, ...]:
@@ -166,4 +173,5 @@ def _named_once(tasks: tuple[Task, ...]) -> tuple[Task, ...]:
     return tasks
 
 
-Tasks = Annotated[tuple[Task, ...], BeforeValidator(_as_tasks), AfterValidator(_named_once)]
+OneTask = Annotated[Task, BeforeValidator(_as_task)]
+Tasks = Annotated[tuple[OneTask, ...], BeforeValidator(as_tuple), AfterValidator(_named_once)]

@@ -54,7 +54,7 @@ def document_attention(
     assert query.shape[0] == 1, "packed documents lie in one row"
     assert sum(lengths) == query.shape[2] == key.shape[2], "document_lengths do not fill the row"
     grouped, dtype = key.shape[1] != query.shape[1], query.dtype
-    if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+    if query.device.type == "cpu" and dtype != torch.float64:
         # torch's CPU kernel is several times slower in bfloat16 than in float32 on short
         # documents (benchmarks/attention_cpu.py), and less exact.
         query, key, value = query.float(), key.float(), value.float()
