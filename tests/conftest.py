@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,18 @@ def _own_cache(tmp_path_factory):
         del os.environ["FINETUNE_CACHE"]
     else:
         os.environ["FINETUNE_CACHE"] = before
+
+
+@pytest.fixture(autouse=True)
+def _stays_offline():
+    """A test that names a hub id lifts the package's offline mode for its process: the next test
+    would wait for a network that is not there."""
+    yield
+    if constants := sys.modules.get("huggingface_hub.constants"):
+        constants.HF_HUB_OFFLINE = True
+    if config := sys.modules.get("datasets.config"):
+        config.HF_HUB_OFFLINE = True
+    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,7 @@ def push(cache, folder, commit):
 def cache(tmp_path, small_base, monkeypatch):
     """The hub's cache with one commit of owner/base."""
     monkeypatch.setattr(hub, "OFFLINE_BY_CHOICE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
     push(tmp_path / "hub", small_base, FIRST)
