@@ -162,7 +162,7 @@ class TestWhatARunWrites:
         found = {path.name for path in run.path.iterdir()}
         assert found == {
             *("config.yaml", "environment.json", "run.json", "lock", "data.json"),
-            *("metrics.jsonl", "checkpoints", "adapter"),
+            *("metrics.jsonl", "checkpoints", "adapter", "witness.safetensors"),
         }
         assert run.state() == {"state": "finished", "exit_code": 0, "reason": None}
         assert run.config() == bench.load(*SHORT, "train.eval_steps=3").config
