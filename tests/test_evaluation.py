@@ -20,7 +20,7 @@ from small_runs import (
     trainer_of,
     write_rows,
 )
-from test_resume import SETTINGS, Killed, stopped_at
+from test_resume import SETTINGS, Killed, killed_before_publishing, stopped_at
 from test_train import on_step
 
 from finetune import artifact, checkpoint
@@ -256,13 +256,7 @@ class TestKilled:
         assert_same_end(few.run_folder(), stopped)
 
     def test_after_the_stop_no_step_is_added(self, few, monkeypatch, stopped):
-        def dies(*_):
-            raise Killed
-
-        with monkeypatch.context() as patch:
-            patch.setattr("finetune.stages.publish", dies)
-            with pytest.raises(Killed):
-                train(few.load(*STOP))
+        killed_before_publishing(few, monkeypatch, *STOP)
         few.train(*STOP)
         assert_same_end(few.run_folder(), stopped)
 
@@ -345,14 +339,7 @@ class TestDrift:
 
     def test_more_patience_lets_a_stopped_run_go_on(self, few, monkeypatch):
         """Killed after its stop and before it was published."""
-
-        def dies(*_):
-            raise Killed
-
-        with monkeypatch.context() as patch:
-            patch.setattr("finetune.stages.publish", dies)
-            with pytest.raises(Killed):
-                train(few.load(*STOP))
+        killed_before_publishing(few, monkeypatch, *STOP)
         more = few.load(*over(STOP, "train.early_stopping_patience=4"))
         assert train(more, ["train.early_stopping_patience"]) == 0
         assert len(losses(few.run_folder())) == 16

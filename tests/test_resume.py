@@ -64,6 +64,18 @@ def stopped_at(bench, monkeypatch, step, *settings, action=kill):
     return None
 
 
+def killed_before_publishing(bench, monkeypatch, *settings):
+    """Between the last checkpoint and the adapter."""
+
+    def dies(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.stages.publish", dies)
+        with pytest.raises(Killed):
+            train(bench.load(*settings))
+
+
 def assert_same_run(found, expected):
     """Equal to the last bit: adapter, optimizer, the loss of every step, held-out losses."""
     assert losses(found) == losses(expected)
@@ -157,14 +169,7 @@ class TestByKill:
 
     def test_after_the_last_step_no_step_is_added(self, bench, monkeypatch, straight):
         """Killed between the last checkpoint and the adapter; the epoch has steps left."""
-
-        def dies(*_):
-            raise Killed
-
-        with monkeypatch.context() as patch:
-            patch.setattr("finetune.stages.publish", dies)
-            with pytest.raises(Killed):
-                train(bench.load(*SETTINGS))
+        killed_before_publishing(bench, monkeypatch, *SETTINGS)
         assert (bench.run_folder().checkpoints / "step-000010").is_dir()
         bench.train(*SETTINGS)
         assert_same_run(bench.run_folder(), straight)
