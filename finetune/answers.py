@@ -46,6 +46,21 @@ def written_answers(
     Args:
         store: folder in which answers are kept until all are there; None: nowhere.
     """
+    kept = _Kept(_partial_file(store, opened, questions, sampling) if store else None)
+    left = {n: q.prompt for n, q in enumerate(questions) if n not in kept.texts}
+    if kept.texts:
+        _say(f"answers  {len(kept.texts):,} of {len(questions):,} are there from an earlier start")
+    answered = iter_continued(opened, left, sampling, BATCH_SIZE)
+    for number, ids in shown(answered, len(left), "answers"):
+        kept.add(number, opened.base.tokenizer.decode(ids))
+    kept.remove()
+    return [kept.texts[number] for number in range(len(questions))]
+
+
+def _partial_file(
+    store: Path, opened: Opened, questions: Sequence[Question], sampling: Sampling
+) -> Path:
+    """Named by all that an answer depends on."""
     key = artifact.sha256_of_json(
         {
             "weights": opened.weights_sha256(),
@@ -55,15 +70,7 @@ def written_answers(
             "torch": torch.__version__,
         }
     )
-    kept = _Kept(store / f"{_PARTIAL}{key[:16]}.jsonl" if store else None)
-    left = {n: q.prompt for n, q in enumerate(questions) if n not in kept.texts}
-    if kept.texts:
-        _say(f"answers  {len(kept.texts):,} of {len(questions):,} are there from an earlier start")
-    answered = iter_continued(opened, left, sampling, BATCH_SIZE)
-    for number, ids in shown(answered, len(left), "answers"):
-        kept.add(number, opened.base.tokenizer.decode(ids))
-    kept.remove()
-    return [kept.texts[number] for number in range(len(questions))]
+    return store / f"{_PARTIAL}{key[:16]}.jsonl"
 
 
 def chosen_answers(

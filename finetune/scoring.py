@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from finetune.heldout import HeldoutLoss, RowScore, score, total_of
 from finetune.inference import Opened, Sampling, continue_prompts
 from finetune.llama.tokenizer import encode_text
 from finetune.prepared import Document
-from finetune.scorers import make
 from finetune.scorers.multiple_choice import MultipleChoice
 from finetune.tasks import GROUP_COLUMNS, Question, groups_of
 from finetune.tokens import text_bytes
@@ -125,7 +124,12 @@ class Scores:
 
     def by_source(self) -> dict[str, HeldoutLoss]:
         """File -> its rows alone."""
-        return self._rows_by(lambda index: self.places[index].rpartition(":")[0])
+        assert self.heldout is not None
+        files: dict[str, list[RowScore]] = {}
+        for place, row in zip(self.places, self.heldout.rows, strict=True):
+            files.setdefault(place.rpartition(":")[0], []).append(row)
+        scored = {name: rows for name, rows in files.items() if any(r.num_tokens for r in rows)}
+        return {name: total_of(rows) for name, rows in scored.items()}
 
     def by_turn(self) -> dict[str, HeldoutLoss]:
         """Number of the trained answer in its row, from 1 -> the loss on these answers alone."""
@@ -135,15 +139,6 @@ class Scores:
             for number, span in enumerate(row.spans, start=1):
                 turns.setdefault(number, []).append(RowScore((span,)))
         return {str(number): total_of(rows) for number, rows in sorted(turns.items())}
-
-    def _rows_by(self, key: Callable[[int], str]) -> dict[str, HeldoutLoss]:
-        assert self.heldout is not None
-        groups: dict[str, list[RowScore]] = {}
-        for index, row in enumerate(self.heldout.rows):
-            groups.setdefault(key(index), []).append(row)
-        return {
-            name: total_of(rows) for name, rows in groups.items() if any(r.num_tokens for r in rows)
-        }
 
     def as_json(self) -> dict[str, Any]:
         """The numbers of the command-line contract, and those of the tasks."""
@@ -194,10 +189,9 @@ class _Written:
         self._known: dict[tuple[tuple[tuple[int, ...], ...], Sampling], list[str]] = {}
 
     def answers(self, task: Task, questions: Sequence[Question]) -> list[str]:
-        scorer = make(task.scorer, task.scorer_kwargs)
-        if isinstance(scorer, MultipleChoice):
+        if isinstance(task.judge, MultipleChoice):
             batch_size = self._settings.per_device_eval_batch_size
-            return chosen_answers(self._opened, questions, scorer, batch_size)
+            return chosen_answers(self._opened, questions, task.judge, batch_size)
         sampling = sampling_of(task, self._settings.max_new_tokens)
         key = (tuple(question.prompt for question in questions), sampling)
         if key not in self._known:
@@ -214,7 +208,7 @@ def _judged(
     Raises:
         InputError: a scorer could not judge an answer; all rows of that kind together.
     """
-    scorer, findings, answers = make(task.scorer, task.scorer_kwargs), [], []
+    scorer, findings, answers = task.judge, [], []
     for question, text in zip(questions, written, strict=True):
         try:
             found = scorer.score(text, question.expected)
@@ -245,7 +239,7 @@ def probe(opened: Opened, path: Path) -> Scores:
     prompts = [bos + encode_text(tokenizer, row["prompt"]) for _, row in rows]
     longest = max(len(encode_text(tokenizer, row["answer"])) for _, row in rows)
     continued = continue_prompts(opened, prompts, Sampling(longest + 4))
-    scorer, answers = make("exact_match", {}), []
+    scorer, answers = task.judge, []
     for (where, row), prompt, ids in zip(rows, prompts, continued, strict=True):
         # Decoded together with the prompt: the space between them belongs to the text.
         start = len(tokenizer.decode(prompt, skip_special_tokens=True))
@@ -253,7 +247,7 @@ def probe(opened: Opened, path: Path) -> Scores:
         expected, said = (row["answer"],), text[: len(row["answer"])]
         right = scorer.score(said, expected)
         answers.append(Answer(where, row["prompt"], expected, said, right, groups_of(row)))
-    share = math.fsum(answer.score for answer in answers) / len(answers)
+    share = scorer.total([a.written for a in answers], [a.expected for a in answers])
     scores = TaskScore(task, scorer.version, share, tuple(answers))
     return Scores(opened.name, None, {"exact_match": scores})
 

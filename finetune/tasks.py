@@ -16,7 +16,6 @@ from finetune.files import Findings, find_files, iter_rows
 from finetune.llama.chat import ChatFormat
 from finetune.llama.tokenizer import encode_text
 from finetune.prepared import Document
-from finetune.scorers import make
 from finetune.shapes import Example
 
 GROUP_COLUMNS = ("family", "template")
@@ -119,11 +118,10 @@ class Asker:
         return iter(questions)
 
     def _question(self, task: Task, where: str, row: Mapping[str, Any]) -> Question:
-        scorer = make(task.scorer, task.scorer_kwargs)
         text = filled(task.prompt or "", {name: _text(row, name) for name in task.columns})
         choices = _choices(row, task.choices) if task.choices else ()
-        expected = _expected(row, task.answer, choices, scorer.needs_expected)
-        scorer.check_expected(expected)
+        expected = _expected(row, task.answer, choices, task.judge.needs_expected)
+        task.judge.check_expected(expected)
         prompt = tuple(self._prompt(text, task.system))
         documents = {c: self._with_answer(where, prompt, text, task.system, c) for c in choices}
         return Question(where, prompt, expected, groups_of(row), documents)

@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from finetune import artifact
 from finetune.errors import CheckFailed
-from finetune.fast.loss import documents_of, has_soft_prompt, pack, supervised_logits
+from finetune.fast.loss import pack, rows_for, supervised_logits
 from finetune.heldout import evaluating, to_device
 from finetune.llama.weight_files import tensors_in
 from finetune.prepared import Document
@@ -76,7 +76,6 @@ def divergence(path: Path, model: torch.nn.Module, device: torch.device) -> tupl
 def _logits(model: torch.nn.Module, rows: Rows, device: torch.device) -> torch.Tensor:
     """(tokens, vocab) float32 before each marked token."""
     packed = to_device(pack(rows), device)
-    documents = documents_of(packed) if has_soft_prompt(model) else [packed]
     with evaluating(model):
-        parts = [supervised_logits(model, document).float().cpu() for document in documents]
+        parts = [supervised_logits(model, row).float().cpu() for row in rows_for(model, packed)]
     return torch.cat(parts).contiguous()

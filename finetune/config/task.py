@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import string
 from typing import Annotated, Any, Literal
 
@@ -9,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 
 from finetune.config.section import Section, Text, as_tuple
 from finetune.errors import InputError
-from finetune.scorers import SCORERS, make
+from finetune.scorers import SCORERS, Scorer, make
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]{0,63}$")]
 
@@ -76,6 +77,11 @@ class Task(Section):
         """The row's columns that the prompt needs."""
         return columns_of(self.prompt) if self.prompt else ()
 
+    @functools.cached_property
+    def judge(self) -> Scorer:
+        """The scorer with its settings."""
+        return make(self.scorer, self.scorer_kwargs)
+
     @property
     def generates(self) -> bool:
         """Whether the model writes; else it only says how likely the choices are."""
@@ -89,7 +95,7 @@ class Task(Section):
             *self._idle("multiple_choice", _OF_TEXT, self.generates),
         ]
         try:
-            make(self.scorer, self.scorer_kwargs)
+            _ = self.judge
         except InputError as error:
             found += error.findings
         if found:

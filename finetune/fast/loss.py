@@ -77,9 +77,7 @@ def token_losses(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
     Returns:
         (supervised,) losses in nats, float32; empty, with a graph, where nothing is supervised.
     """
-    if has_soft_prompt(model):
-        return torch.cat([_losses(model, document) for document in documents_of(packed)])
-    return _losses(model, packed)
+    return torch.cat([_losses(model, row) for row in rows_for(model, packed)])
 
 
 def _losses(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
@@ -88,11 +86,16 @@ def _losses(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
+def rows_for(model: torch.nn.Module, packed: Packed) -> list[Packed]:
+    """What a model takes at a time: the row, or each document where vectors go before each."""
+    return documents_of(packed) if has_soft_prompt(model) else [packed]
+
+
 def supervised_logits(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
     """(supervised, vocab): what the model says before each supervised token of a packed row.
 
     Args:
-        packed: of one document where the model has a soft prompt.
+        packed: one of `rows_for`.
     """
     if has_soft_prompt(model):
         return _behind_vectors(model, packed)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from finetune.fast.loss import Packed, documents_of, has_soft_prompt, supervised, supervised_logits
+from finetune.fast.loss import Packed, rows_for, supervised, supervised_logits
 
 NUM_LOGITS = 1 << 25  # at once: 128 MiB in float32
 
@@ -42,10 +42,10 @@ def token_scores(model: torch.nn.Module, packed: Packed) -> TokenScores:
         model: a causal Llama that uses `document_attention`, possibly wrapped (PEFT, DDP).
     """
     found = []
-    for document in documents_of(packed) if has_soft_prompt(model) else [packed]:
-        _, targets = supervised(document.labels)
+    for row in rows_for(model, packed):
+        _, targets = supervised(row.labels)
         with _scoring_head(model, targets):
-            found.append(supervised_logits(model, document).cpu().double())
+            found.append(supervised_logits(model, row).cpu().double())
     scores = torch.cat(found)
     return TokenScores(scores[:, 0], scores[:, 1].bool())
 
