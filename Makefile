@@ -72,11 +72,14 @@ compare: $(STAMP)  ## every method on the embedded base, with a table and a plot
 faults: $(STAMP)  ## kills, full disks, power cuts and damage at every point of a run: an hour, in parts with --only
 	$(PY) -m benchmarks.faults --folder build/faults --json build/faults.json $(ARGS)
 
-test: $(STAMP)  ## the tests, without the slow ones
-	$(PY) -m pytest -q -m "not slow" $(ARGS)
+# One worker a core, each with a thread: models this small gain nothing by a second one.
+IN_PARALLEL := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n logical --maxprocesses 4 --dist worksteal
+
+test: $(STAMP)  ## the tests, without the slow ones; ARGS="-n 0 tests/test_x.py" for one by one
+	$(IN_PARALLEL) -m "not slow" $(ARGS)
 
 test-slow: $(STAMP)  ## the slow tests alone
-	$(PY) -m pytest -q -m slow $(ARGS)
+	$(IN_PARALLEL) -m slow $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, the rules of the house, every config: under a minute
 	$(PY) -m ruff format --check .

@@ -25,6 +25,14 @@ train: {{max_steps: 1}}
 """
 
 
+def pytest_configure() -> None:
+    """Workers of pytest-xdist get a core each: models this small lose by a second thread."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """What tests prepare and convert is kept for the session, and not in the user's cache."""

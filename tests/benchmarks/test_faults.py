@@ -16,39 +16,40 @@ pytestmark = pytest.mark.skipif(
     not Path("/proc/self/fd").exists(), reason="finds the names of open files in /proc"
 )
 
-SWEEPS = {
-    "killed at every file operation": 5,
-    "ENOSPC at every file operation": 5,
-    "EIO at every file operation": 5,
-    "read-only from every file operation on": 5,
-    "full at a byte of a file": 4,
-    "power lost at every file operation": 15,
-    "SIGTERM in every micro-batch": 1,
-    "SIGTERM again at every file operation after the first": 1,
-    "killed at random times, chained": 1,
-    "damaged checkpoints": 300,
+SWEEPS = {  # the least points of each, at every 43rd and at every 131st
+    "killed at every file operation": (5, 1),
+    "ENOSPC at every file operation": (5, 1),
+    "EIO at every file operation": (5, 1),
+    "read-only from every file operation on": (5, 1),
+    "full at a byte of a file": (4, 1),
+    "power lost at every file operation": (15, 3),
+    "SIGTERM in every micro-batch": (1, 1),
+    "SIGTERM again at every file operation after the first": (1, 1),
+    "killed at random times, chained": (1, 1),
+    "damaged checkpoints": (300, 100),
 }
 
 
-@pytest.fixture(scope="module")
-def sweeps(tmp_path_factory):
-    """Every 43rd point of each sweep."""
+@pytest.fixture(scope="module", params=[pytest.param("43", marks=pytest.mark.slow), "131"])
+def sweeps(request, tmp_path_factory):
+    """Every 43rd or 131st point of each sweep."""
     folder = tmp_path_factory.mktemp("faults")
     command = [sys.executable, "-m", "benchmarks.faults", "--folder", str(folder / "work")]
-    options = ["--json", str(folder / "result.json"), "--step", "43", "--kills", "2"]
+    options = ["--json", str(folder / "result.json"), "--step", request.param]
+    options += ["--kills", "2" if request.param == "43" else "1"]
     subprocess.run([*command, *options], cwd=ROOT, check=False, capture_output=True)
     result = json.loads((folder / "result.json").read_text())
-    return {sweep["name"]: sweep for sweep in result["sweeps"]}
+    return {sweep["name"]: sweep for sweep in result["sweeps"]} | {"step": request.param}
 
 
 def test_these_are_all(sweeps):
-    assert list(sweeps) == list(SWEEPS)
+    assert list(sweeps) == [*SWEEPS, "step"]
 
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_it_holds(sweeps, name):
     assert sweeps[name]["failures"] == []
-    assert sweeps[name]["tried"] >= SWEEPS[name]
+    assert sweeps[name]["tried"] >= SWEEPS[name][sweeps["step"] == "131"]
 
 
 IN_A_PROCESS = """
@@ -118,6 +119,7 @@ print(len(sweeps.powerless(place, sweeps.straight(place), range(60, 220, 61)).fa
 """
 
 
+@pytest.mark.slow
 def test_files_that_are_never_fsynced_are_seen_to_be_lost(tmp_path):
     command = [sys.executable, "-c", WITHOUT_FSYNC, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)

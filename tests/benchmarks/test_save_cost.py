@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 
+import pytest
 from small_runs import ROOT
 
 
+@pytest.mark.slow
 def test_it_measures_both_parts(tmp_path):
     command = [sys.executable, "-m", "benchmarks.save_cost", "--small"]
     places = ["--folder", str(tmp_path / "work"), "--json", str(tmp_path / "result.json")]

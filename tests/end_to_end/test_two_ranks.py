@@ -208,7 +208,10 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [name if n == 0 else pytest.param(name, marks=pytest.mark.slow)
+              for n, name in enumerate(FAULTS)]
+)  # fmt: skip
 def test_what_ends_one_rank_ends_both_and_loses_nothing(bench, two, tmp_path, fault):
     """No hang, no exit code 0; the same command then ends where the undisturbed run does."""
     program = tmp_path / "disturbed.py"
