@@ -21,6 +21,7 @@ from finetune.data import RunData, load_data
 from finetune.data_starts import NUM_TOKENS, StartInputs
 from finetune.drift import acting_settings
 from finetune.errors import CannotContinue, CheckFailed, InputError
+from finetune.fast.blocks import speed_up
 from finetune.llama.downloads import read_json_object
 from finetune.llama.safetensors_pieces import Stored, stored_tensors
 from finetune.llama.tokenizer import save_tokenizer
@@ -133,6 +134,7 @@ def prepare_model(
         with first_rank_first(first):
             inputs = start_inputs(config, base, data)
             trained = adapters.attach(model, config.adapter, base.name, run.start, inputs)
+    speed_up(trained, config.fast)
     if first:
         report = adapters.report_parameters(trained, *_working_types(config))
         _say("\n".join(report.lines()))

@@ -24,6 +24,7 @@ from finetune import checkpoint
 from finetune.artifact import Place, make_folder, staged, write_json
 from finetune.best import BestWatch, Rules
 from finetune.collectives import gather_objects, sum_over_ranks
+from finetune.config import FastSection
 from finetune.errors import CannotContinue
 from finetune.evaluation import EvaluationSeam
 from finetune.fast.loss import IGNORED, Packed, token_losses
@@ -51,6 +52,7 @@ class TrainerInputs:
         lr_ratio: learning rate of LoRA's B over that of A (LoRA+); None where it is one rate.
         ranks: AdaLoRA's schedule; None for every other method.
         on_spike: record, skip or stop.
+        fast: which parts of the step are our own.
     """
 
     train: PreparedDocuments
@@ -65,6 +67,7 @@ class TrainerInputs:
     lr_ratio: float | None = None
     ranks: RankSchedule | None = None
     on_spike: str = "record"
+    fast: FastSection = FastSection()
 
 
 class OurSeams(EvaluationSeam):
@@ -147,7 +150,11 @@ class OurSeams(EvaluationSeam):
         """Sum of token losses over the step's tokens; times the ranks, whose mean DDP takes."""
         assert num_items_in_batch is not None
         assert not return_outputs
-        loss_sum = token_losses(model, Packed(**inputs)).sum()
+        fast = self.ours.fast
+        losses = token_losses(
+            model, Packed(**inputs), in_blocks=fast.loss, dense=not fast.attention
+        )
+        loss_sum = losses.sum()
         self._step_loss_sum += loss_sum.detach().double()
         loss = loss_sum * (self.accelerator.num_processes / max(num_items_in_batch.item(), 1.0))
         if self.ours.ranks is not None and self.step_tokens:  # once a step, in parts

@@ -102,3 +102,17 @@ measured 5.6e-6 (three digits after the point, of 100)."""
 HARNESS_LOG_LIKELIHOOD = 5e-6
 """Log-likelihoods by lm-evaluation-harness against our own, relative, in float32;
 measured 4.4e-7. A second BOS that is scored, in plain text: above 1e-2."""
+
+FAST_FLOAT64 = 1e-12
+"""A fast part against its plain twin, both in float64: values and gradients, the norm of the
+difference, relative."""
+
+FAST_FLOAT32 = 2e-6
+"""A fast part in float32 against its twin in float64, the same."""
+
+FAST_BFLOAT16 = 2e-2
+"""The same in bfloat16, whose mantissa has 8 bits."""
+
+FAST_GRADIENT_FLOAT32 = 2e-5
+"""A whole Llama of small size with the fast parts against the libraries' layers, float32: losses and
+the gradient of any tensor."""

@@ -6,6 +6,7 @@ from finetune.config.adapter import PROJECTIONS, AdapterSection
 from finetune.config.base import BaseSection
 from finetune.config.data import DataSection, Source
 from finetune.config.eval import EvalSection
+from finetune.config.fast import FastSection
 from finetune.config.run import RunSection
 from finetune.config.schema import RunConfig
 from finetune.config.train import TrainSection
@@ -16,6 +17,7 @@ __all__ = [
     "BaseSection",
     "DataSection",
     "EvalSection",
+    "FastSection",
     "RunConfig",
     "RunSection",
     "Source",

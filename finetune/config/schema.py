@@ -14,6 +14,7 @@ from finetune.config.base import BaseSection
 from finetune.config.conflicts import find_conflicts
 from finetune.config.data import DataSection
 from finetune.config.eval import EvalSection
+from finetune.config.fast import FastSection
 from finetune.config.run import RunSection
 from finetune.config.section import Section
 from finetune.config.train import TrainSection
@@ -30,6 +31,7 @@ class RunConfig(Section):
     adapter: AdapterSection = Field(default_factory=AdapterSection)
     data: DataSection = Field(default_factory=DataSection)
     train: TrainSection = Field(default_factory=TrainSection)
+    fast: FastSection = Field(default_factory=FastSection)
     eval: EvalSection = Field(default_factory=EvalSection)
 
     @model_validator(mode="after")

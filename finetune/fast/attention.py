@@ -82,6 +82,12 @@ def no_mask(device: torch.device) -> torch.Tensor:
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
+def document_mask(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """(1, 1, tokens, tokens), true where a token may look: the dense twin of `document_lengths`."""
+    document = torch.repeat_interleave(torch.tensor(list(lengths), device=device))
+    return (document.unsqueeze(0) == document.unsqueeze(1)).tril()[None, None]
+
+
 def register() -> str:
     """Makes the attention known to transformers; returns its name for `attn_implementation`."""
     AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)

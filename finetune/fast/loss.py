@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from finetune.fast.attention import no_mask
+from finetune.fast.attention import document_mask, no_mask
+from finetune.fast.head import answering_head, head_losses, plain_losses
 
 IGNORED = -100
 
@@ -66,24 +66,35 @@ def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return positions, targets[positions]
 
 
-def token_losses(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
+def token_losses(
+    model: torch.nn.Module, packed: Packed, *, in_blocks: bool = True, dense: bool = False
+) -> torch.Tensor:
     """The loss of every supervised token of a packed row.
 
     The model itself is called, not its parts: under DDP that is what synchronises gradients.
 
     Args:
         model: a causal Llama that uses `document_attention`, possibly wrapped (PEFT, DDP).
+        in_blocks: never hold the logits of all tokens; where the head is a plain linear layer.
+        dense: attention with a mask over the row, the twin of `document_attention`.
 
     Returns:
         (supervised,) losses in nats, float32; empty, with a graph, where nothing is supervised.
     """
-    return torch.cat([_losses(model, row) for row in rows_for(model, packed)])
+    rows = rows_for(model, packed)
+    return torch.cat([_losses(model, row, in_blocks, dense) for row in rows])
 
 
-def _losses(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
+def _losses(model: torch.nn.Module, packed: Packed, in_blocks: bool, dense: bool) -> torch.Tensor:
     _, targets = supervised(packed.labels)
-    logits = supervised_logits(model, packed)
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+    def answer(head: torch.nn.Module, logits_of: Any, hidden: torch.Tensor) -> torch.Tensor:
+        if in_blocks and type(head) is torch.nn.Linear and head.bias is None:
+            return head_losses(hidden[0], head.weight, targets).unsqueeze(0)
+        return plain_losses(logits_of(hidden)[0], targets).unsqueeze(0)
+
+    with answering_head(model, answer):
+        return supervised_logits(model, packed, dense)
 
 
 def rows_for(model: torch.nn.Module, packed: Packed) -> list[Packed]:
@@ -91,20 +102,24 @@ def rows_for(model: torch.nn.Module, packed: Packed) -> list[Packed]:
     return documents_of(packed) if has_soft_prompt(model) else [packed]
 
 
-def supervised_logits(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
+def supervised_logits(
+    model: torch.nn.Module, packed: Packed, dense: bool = False
+) -> torch.Tensor:
     """(supervised, vocab): what the model says before each supervised token of a packed row.
 
     Args:
         packed: one of `rows_for`.
+        dense: with a mask over the row.
     """
     if has_soft_prompt(model):
         return _behind_vectors(model, packed)
     positions, _ = supervised(packed.labels)
+    lengths, device = packed.document_lengths, packed.input_ids.device
     return model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
-        attention_mask=no_mask(packed.input_ids.device),
-        document_lengths=packed.document_lengths,
+        attention_mask=document_mask(lengths, device) if dense else no_mask(device),
+        document_lengths=None if dense else lengths,
         logits_to_keep=positions,
         use_cache=False,
     ).logits[0]

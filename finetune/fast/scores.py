@@ -9,14 +9,12 @@ place around it.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from finetune.fast.head import Answer, answering_head, plain_losses
 from finetune.fast.loss import Packed, rows_for, supervised, supervised_logits
 
 NUM_LOGITS = 1 << 25  # at once: 128 MiB in float32
@@ -41,41 +39,27 @@ def token_scores(model: torch.nn.Module, packed: Packed) -> TokenScores:
     Args:
         model: a causal Llama that uses `document_attention`, possibly wrapped (PEFT, DDP).
     """
+    bare: Any = getattr(model, "module", model)
+    size = max(NUM_LOGITS // bare.config.vocab_size, 1)
     found = []
     for row in rows_for(model, packed):
-        _, targets = supervised(row.labels)
-        with _scoring_head(model, targets):
+        with answering_head(model, _scores_of(supervised(row.labels)[1], size)):
             found.append(supervised_logits(model, row).cpu().double())
     scores = torch.cat(found)
     return TokenScores(scores[:, 0], scores[:, 1].bool())
 
 
-@contextlib.contextmanager
-def _scoring_head(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
-    """While it lasts, the head returns (1, supervised, 2): loss and hit, in place of logits."""
-    bare: Any = getattr(model, "module", model)
-    head: Any = bare.get_output_embeddings()
-    logits_of = head.forward
-    size = max(NUM_LOGITS // bare.config.vocab_size, 1)
-    was_set = "forward" in vars(head)
+def _scores_of(targets: torch.Tensor, size: int) -> Answer:
+    """(1, supervised, 2) in place of logits: loss and hit."""
 
-    def scores_of(hidden: torch.Tensor) -> torch.Tensor:
+    def answer(head: Any, logits_of: Any, hidden: torch.Tensor) -> torch.Tensor:
         blocks = zip(hidden[0].split(size), targets.split(size), strict=True)
-        scored = [_scored(logits_of(states), ids) for states, ids in blocks]
-        return torch.cat(scored).unsqueeze(0)
+        return torch.cat([_scored(logits_of(states), ids) for states, ids in blocks]).unsqueeze(0)
 
-    head.forward = scores_of
-    try:
-        yield
-    finally:
-        if was_set:
-            head.forward = logits_of
-        else:
-            del head.forward
+    return answer
 
 
 def _scored(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """(tokens, 2) of (tokens, vocab); in float32, or in float64 where the model is."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    losses = F.cross_entropy(logits, targets, reduction="none")
+    losses = plain_losses(logits, targets)
     return torch.stack([losses, (logits.argmax(-1) == targets).to(losses.dtype)], -1)

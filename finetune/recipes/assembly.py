@@ -62,6 +62,7 @@ def trainer_inputs(parts: Parts) -> TrainerInputs:
         lr_ratio=config.adapter.loraplus_lr_ratio if config.adapter.method == "lora+" else None,
         ranks=_rank_schedule(parts, plan),
         on_spike=config.train.on_spike,
+        fast=config.fast,
     )
 
 

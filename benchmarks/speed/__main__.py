@@ -1,0 +1,155 @@
+"""Training speed and memory: every contender in turn, round after round, on the same packs.
+
+python -m benchmarks.speed --folder build/speed --json build/speed.json
+
+Each contender is a process of its own and runs alone. Timed are optimizer steps from end to end of one
+to the next; the first three of each process are left out. The matrix product of the machine is
+measured before every round. Both dtypes and both allocator settings are one run each; a contender's
+numbers are compared only within its run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed import table
+from benchmarks.speed.workload import ROOT, SIZES, make
+
+WARM = 3  # steps left out
+DTYPES = ("float32", "bfloat16")
+ALLOCATORS = {
+    "glibc": {},
+    # Large temporaries stay mapped: no page faults on them in every step.
+    "glibc, kept": {
+        "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=8589934592:"
+        "glibc.malloc.trim_threshold=17179869184"
+    },
+}
+_OFF = ("attention", "lora", "pointwise", "loss")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A trainer and how it is called.
+
+    Attributes:
+        module: of `benchmarks.speed`.
+        arguments: beyond those that all have.
+        python: its interpreter, where it has an environment of its own.
+    """
+
+    module: str
+    arguments: tuple[str, ...] = ()
+    python: str = sys.executable
+
+
+CONTENDERS = {
+    "ours": Contender("ours"),
+    "trl packed": Contender("trl_trainer"),
+    "trl padded": Contender("trl_trainer", ("--padded",)),
+    **{f"ours without fast.{part}": Contender("ours", (f"fast.{part}=false",)) for part in _OFF},
+    "ours, nothing fast": Contender("ours", tuple(f"fast.{part}=false" for part in _OFF)),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what was asked for, and shows it as a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="workload and runs; kept")
+    parser.add_argument("--json", type=Path, help="where to keep the result")
+    parser.add_argument("--size", choices=SIZES, default="58m")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=11, help="of each process")
+    parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--allocator", nargs="*", choices=ALLOCATORS, default=list(ALLOCATORS))
+    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    args = parser.parse_args(argv)
+    folder = args.folder.resolve()
+    make(folder, SIZES[args.size])
+    runs = []
+    for dtype in args.dtype:
+        for allocator in args.allocator:
+            found = _interleaved(folder, args, dtype, ALLOCATORS[allocator])
+            runs.append({"dtype": dtype, "allocator": allocator, **found})
+    result = {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "size": args.size,
+        "steps": args.steps,
+        "warm": WARM,
+        "runs": runs,
+    }
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print("\n\n".join(table.lines(run, WARM) for run in runs))
+    return 0
+
+
+def _interleaved(
+    folder: Path, args: argparse.Namespace, dtype: str, environment: dict[str, str]
+) -> dict[str, Any]:
+    """Every contender once a round; what each process noted, by contender."""
+    notes: dict[str, list[Any]] = {name: [] for name in args.only}
+    gflops = []
+    for number in range(args.rounds):
+        gflops.append(_roofline(dtype, environment))
+        for name in args.only:
+            contender = CONTENDERS[name]
+            result = folder / f"{name.replace(' ', '-')}.json"
+            command = [contender.python, "-m", f"benchmarks.speed.{contender.module}"]
+            command += ["--folder", str(folder), "--dtype", dtype, "--steps", str(args.steps)]
+            command += ["--result", str(result)]
+            command += ["--size", args.size] if contender.module == "ours" else []
+            _run([*command, *contender.arguments], environment, result.with_suffix(".log"))
+            notes[name].append(json.loads(result.read_text(encoding="utf-8")))
+            print(f"{dtype} round {number + 1} {name}: done", file=sys.stderr)
+    return {"gflops": gflops, "useful_flops": _useful(folder, args), "notes": notes}
+
+
+def _useful(folder: Path, args: argparse.Namespace) -> list[dict[str, float]]:
+    """Tokens, supervised tokens and useful FLOPs of each packed step."""
+    from benchmarks.speed.roofline import useful_flops
+    from benchmarks.speed.workload import config_of
+    from finetune.config import RunConfig
+    from finetune.llama.architecture import architecture_of
+    from finetune.plan import num_adapter_parameters
+
+    size = SIZES[args.size]
+    arch = architecture_of(size.architecture)
+    config = RunConfig.model_validate(config_of(folder, size, "float32", "count"))
+    num_adapter = num_adapter_parameters(arch, config)
+    found = []
+    for packs in json.loads((folder / "steps.json").read_text(encoding="utf-8"))[: args.steps]:
+        documents = [document for pack in packs for document in pack]
+        tokens = sum(len(ids) for ids, _ in documents)
+        supervised = sum(label != -100 for _, labels in documents for label in labels)
+        flops = useful_flops(arch.num_parameters(), num_adapter, tokens, supervised)
+        found.append({"tokens": tokens, "supervised": supervised, "flops": flops})
+    return found
+
+
+def _roofline(dtype: str, environment: dict[str, str]) -> float:
+    command = [sys.executable, "-m", "benchmarks.speed.roofline", "--dtype", dtype]
+    answer = subprocess.run(
+        command, env=os.environ | environment, cwd=ROOT, check=True, capture_output=True
+    )
+    return float(json.loads(answer.stdout)["gflops"])
+
+
+def _run(command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+    with log.open("w", encoding="utf-8") as output:
+        subprocess.run(
+            command, env=os.environ | environment, cwd=ROOT, check=True, stdout=output, stderr=output
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,47 @@
+"""Ours: the verb `train` on the workload, as a user runs it.
+
+python -m benchmarks.speed.ours --folder FOLDER --size 58m --dtype float32 --steps 11 --result FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import yaml
+
+from benchmarks.speed.recorder import Recorder
+from benchmarks.speed.workload import SIZES, config_of
+
+
+def main() -> int:
+    """Trains, and writes what the run noted beside the recorder's own notes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--size", choices=SIZES, required=True)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--result", type=Path, required=True)
+    parser.add_argument("overrides", nargs="*", help="key=value for our config")
+    args = parser.parse_args()
+    import finetune.recipes
+    import finetune.train
+    from finetune.__main__ import main as run_verb
+
+    name = args.result.stem
+    shutil.rmtree(args.folder / "runs" / name, ignore_errors=True)
+    config = config_of(args.folder, SIZES[args.size], args.dtype, name, max_steps=args.steps)
+    file = args.result.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    recorder = Recorder(args.result)
+    code = run_verb(["train", str(file), *args.overrides])
+    lines = (args.folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8")
+    steps = [line for line in map(json.loads, lines.splitlines()) if "grad_norm" in line]
+    recorder.write(losses=[s["loss"] for s in steps], keys=sorted(steps[0]))
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

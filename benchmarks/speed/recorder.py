@@ -1,0 +1,50 @@
+"""What a contender's process notes of itself: the end of each optimizer step, and its memory.
+
+Every contender uses this one file, in its own environment; it needs torch and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+_KIB_IN_MIB = 1024
+
+
+def memory_mib(name: str) -> float:
+    """VmRSS or VmHWM of this process."""
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found.group(1)) / _KIB_IN_MIB if found else 0.0
+
+
+class Recorder:
+    """Hooks every optimizer of the process; made after the imports, before the model.
+
+    Args:
+        result: where the notes go.
+    """
+
+    def __init__(self, result: Path) -> None:
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        self._result, self._ends = result, [time.perf_counter()]
+        self._after_imports = memory_mib("VmRSS")
+        register_optimizer_step_post_hook(self._note)
+
+    def _note(self, *_: Any) -> None:
+        self._ends.append(time.perf_counter())
+
+    def write(self, **facts: Any) -> None:
+        """Seconds between the ends of consecutive steps; the first from the hook's own start.
+
+        Args:
+            facts: losses, tokens and whatever else the contender knows.
+        """
+        seconds = [b - a for a, b in zip(self._ends, self._ends[1:], strict=False)]
+        memory = {"after_imports": self._after_imports, "peak": memory_mib("VmHWM")}
+        notes = {"seconds": seconds, "memory_mib": memory, **facts}
+        self._result.write_text(json.dumps(notes), encoding="utf-8")

@@ -1,0 +1,52 @@
+"""What this machine can do at most: a matrix product, and the FLOPs that a LoRA step needs.
+
+    useful FLOPs = tokens · (4 · weights of the blocks + 6 · adapter) + supervised · 4 · head
+
+A frozen weight is multiplied in the forward pass and for the gradient of its input (2 FLOPs each), an
+adapter's weight once more for its own. Attention scores, norms and the optimizer count nothing, and
+neither does padding, so that a share of 100 % cannot be reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any
+
+SHAPE = (1024, 512, 1376)  # rows, in, out: the base's own MLP on a step's tokens
+
+
+def measured(dtype: str, seconds: float = 3.0) -> float:
+    """Median GFLOP/s of the product."""
+    import torch
+
+    rows, width, out = SHAPE
+    kind = getattr(torch, dtype)
+    a, b = torch.randn(rows, width).to(kind), torch.randn(out, width).to(kind)
+    rates, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        for _ in range(10):
+            a @ b.t()
+        rates.append(10 * 2 * rows * width * out / (time.perf_counter() - began) / 1e9)
+    return statistics.median(rates)
+
+
+def useful_flops(counts: Any, num_adapter: int, tokens: int, supervised: int) -> float:
+    """Of a step.
+
+    Args:
+        counts: the architecture's parameters by part.
+        num_adapter: trainable parameters.
+    """
+    blocks = counts.attention + counts.mlp
+    head = counts.head or counts.embedding  # a tied head is the embedding
+    return float(tokens * (4 * blocks + 6 * num_adapter) + supervised * 4 * head)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
+    print(json.dumps({"gflops": measured(parser.parse_args().dtype)}))

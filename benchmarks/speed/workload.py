@@ -1,0 +1,157 @@
+"""The workload every contender gets: a random base, real rows as our own data path renders them, and
+the packs of each step in order.
+
+FOLDER/base-float32, base-bfloat16   Hugging Face folders with one tokenizer
+FOLDER/rows.jsonl                    messages
+FOLDER/steps.json                    per step: packs; per pack: [ids, labels] of each document
+FOLDER/adapter/                      LoRA at step 0, in PEFT's format, for all contenders
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = Path(os.environ.get("FINETUNE_SHARED", ROOT.parent / "shared"))
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A base and how it is trained.
+
+    Attributes:
+        architecture: the config's `base.architecture`.
+        max_length: tokens of a pack.
+        packs: in a step.
+        num_rows: of the data file.
+        r: rank of the adapter, on all seven projections; alpha is twice that.
+    """
+
+    architecture: dict[str, Any]
+    max_length: int
+    packs: int
+    num_rows: int
+    r: int = 16
+
+
+_58M = {"preset": "llama2-7b", "dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8}
+SIZES = {
+    "tiny": Size({**_58M, "dim": 64, "n_layers": 2, "intermediate_size": 176}, 128, 2, 64, 4),
+    "58m": Size({**_58M, "intermediate_size": 1376}, 512, 2, 256),
+}
+
+
+def make(folder: Path, size: Size) -> None:
+    """Writes what is not there yet."""
+    if (folder / "steps.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_rows(folder / "rows.jsonl", size)
+    _write_bases(folder, size)
+    _write_steps(folder, size)
+
+
+def config_of(folder: Path, size: Size, dtype: str, name: str, **train: Any) -> dict[str, Any]:
+    """The config of our own run on the workload."""
+    return {
+        "recipe": "sft",
+        "run": {"name": name, "dir": str(folder / "runs"), "seed": 0, "resume": "never"},
+        "base": {"path": str(folder / f"base-{dtype}"), "dtype": dtype},
+        "adapter": {
+            "method": "lora",
+            "r": size.r,
+            "lora_alpha": 2 * size.r,
+            "target_modules": TARGETS,
+        },
+        "data": {
+            "train": [str(folder / "rows.jsonl")],
+            "chat_format": "llama2",
+            "max_length": size.max_length,
+            "packing": True,
+        },
+        "train": {
+            "per_device_train_batch_size": size.packs,
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "constant",
+            "bf16": False,
+            "logging_steps": 1,
+            "save_steps": 100_000,
+            **train,
+        },
+    }
+
+
+def _write_rows(path: Path, size: Size) -> None:
+    """The first rows of the instructions whose tokens fit a pack."""
+    tokenizer = _tokenizer()
+    rows = json.loads((SHARED / "data" / "alpaca_en_demo.json").read_text(encoding="utf-8"))
+    lines: list[str] = []
+    for row in rows:
+        question = f"{row['instruction']}\n\n{row['input']}".strip()
+        if not row["output"].strip() or len(lines) == size.num_rows:
+            continue
+        if len(tokenizer(question + row["output"])["input_ids"]) > size.max_length - 24:
+            continue
+        turns = [("user", question), ("assistant", row["output"])]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _tokenizer() -> Any:
+    from finetune.llama.tokenizer import load_tokenizer
+
+    return load_tokenizer(SHARED / "tokenizers" / "llama2" / "tokenizer.model")
+
+
+def _write_bases(folder: Path, size: Size) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM, set_seed
+
+    from finetune.llama.architecture import architecture_of, to_llama_config
+    from finetune.llama.tokenizer import save_tokenizer
+
+    set_seed(0)
+    model = LlamaForCausalLM(to_llama_config(architecture_of(size.architecture)))
+    for dtype in ("float32", "bfloat16"):
+        base = folder / f"base-{dtype}"
+        model.to(getattr(torch, dtype)).save_pretrained(base)
+        save_tokenizer(_tokenizer(), base)
+        model.float()
+    set_seed(0)  # as `train` does: its own adapter begins with the same numbers
+    adapter = LoraConfig(
+        r=size.r, lora_alpha=2 * size.r, target_modules=TARGETS, task_type="CAUSAL_LM"
+    )
+    get_peft_model(model, adapter).save_pretrained(folder / "adapter")
+
+
+def _write_steps(folder: Path, size: Size) -> None:
+    """The order of our own loader, written down for the others."""
+    from finetune.batching import plan_batches
+    from finetune.config.loader import load
+    from finetune.data import load_data
+    from finetune.llama.chat import FORMATS
+
+    file = folder / "workload.yaml"
+    file.write_text(yaml.safe_dump(config_of(folder, size, "float32", "workload")))
+    config = load(file).config
+    data = load_data(config, _tokenizer(), FORMATS["llama2"])
+    plan = plan_batches(config, data, 1)
+    steps = []
+    for epoch in range(4):
+        for packs in plan.micro_batches(config.run.seed, epoch, 0):
+            steps.append([[_labelled(*data.train.pair(i)) for i in pack] for pack in packs])
+    (folder / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
+
+
+def _labelled(ids: Any, mask: Any) -> list[list[int]]:
+    labels = [int(i) if m and n else -100 for n, (i, m) in enumerate(zip(ids, mask, strict=True))]
+    return [[int(i) for i in ids], labels]

@@ -1,0 +1,28 @@
+"""`fast:` the parts of a training step that are our own; each has a plain twin."""
+
+from __future__ import annotations
+
+from finetune.config.section import Section
+
+
+class FastSection(Section):
+    """Parts of the training step, each to be switched off for a comparison.
+
+    They compute what their twins compute, in another order of sums: equal to rounding, not to the
+    bit. Evaluation, merge and export never use them, except for attention."""
+
+    attention: bool = True
+    """Attention within each packed document, without a mask over the row; false: torch's attention
+    with a dense mask."""
+
+    lora: bool = True
+    """Base and adapter of a projection as one function, in the type of the base (A, B and their
+    gradients stay float32); false: PEFT's own layers. Only plain LoRA has it, methods that need more
+    (DoRA, quantised bases …) are PEFT's own in any case."""
+
+    pointwise: bool = True
+    """RMSNorm, rotary embedding and SwiGLU as one function each; false: transformers' own."""
+
+    loss: bool = True
+    """Head and cross entropy in blocks of tokens, each block's gradient made with its loss; false:
+    all logits of the supervised tokens are held."""

@@ -1,0 +1,95 @@
+"""A Llama's layers with the fast parts put in: the same parameters under the same names.
+
+Only `forward` of attention, MLP and norms is replaced, on the instances of one model, and only while
+gradients are recorded: evaluation, generation and every other loader run the libraries' own code.
+A projection that `lora.projections_of` does not know as plain LoRA runs it in training too.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaMLP,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+)
+
+from finetune.config import FastSection
+from finetune.fast.attention import DOCUMENT_ATTENTION, document_attention
+from finetune.fast.lora import project, projections_of
+from finetune.fast.pointwise import rms_norm, rotate, swiglu
+
+
+def speed_up(model: torch.nn.Module, parts: FastSection) -> None:
+    """Replaces `forward` of a model's attention, MLP and norms, as far as `parts` says.
+
+    Args:
+        model: a Llama on `document_attention`, with or without an adapter; changed in place.
+    """
+    ours: dict[type, Callable[..., Any]] = {}
+    if parts.lora or parts.pointwise:
+        ours |= {LlamaAttention: _attention, LlamaMLP: _mlp}
+    if parts.pointwise:
+        ours[LlamaRMSNorm] = _norm
+    for module in model.modules():
+        if type(module) in ours:
+            forward = _while_gradients_are_recorded(ours[type(module)], parts)
+            module.forward = types.MethodType(forward, module)
+
+
+def _while_gradients_are_recorded(ours: Callable[..., Any], parts: FastSection) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
+            return type(self).forward(self, *args, **kwargs)
+        return ours(self, parts, *args, **kwargs)
+
+    return forward
+
+
+def _attention(
+    self: Any,
+    parts: FastSection,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As `LlamaAttention.forward` of transformers 5.23, without a cache."""
+    assert self.config._attn_implementation == DOCUMENT_ATTENTION
+    heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+    layers = (self.q_proj, self.k_proj, self.v_proj)
+    q, k, v = (y.view(heads).transpose(1, 2) for y in _together(hidden_states, parts, layers))
+    if parts.pointwise:
+        q, k = (rotate(x, *position_embeddings) for x in (q, k))
+    else:
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+    dropout = self.attention_dropout if self.training else 0.0
+    attended, _ = document_attention(
+        self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+    )
+    rows = attended.reshape(*hidden_states.shape[:-1], -1)
+    return _together(rows, parts, (self.o_proj,))[0], None
+
+
+def _mlp(self: Any, parts: FastSection, x: torch.Tensor) -> torch.Tensor:
+    gate, up = _together(x, parts, (self.gate_proj, self.up_proj))
+    inner = swiglu(gate, up) if parts.pointwise else self.act_fn(gate) * up
+    return _together(inner, parts, (self.down_proj,))[0]
+
+
+def _norm(self: Any, parts: FastSection, hidden_states: torch.Tensor) -> torch.Tensor:
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _together(
+    x: torch.Tensor, parts: FastSection, layers: tuple[torch.nn.Module, ...]
+) -> tuple[torch.Tensor, ...]:
+    """What layers make of one input."""
+    projections = projections_of(layers) if parts.lora else None
+    return tuple(layer(x) for layer in layers) if projections is None else project(x, projections)

@@ -1,0 +1,195 @@
+"""The adapter's linear layers as one autograd function: no activation is copied or cast twice.
+
+    y_i = x W_i' + s_i (x A_i') B_i'          for the projections i that read the same x
+
+PEFT runs this as five operations a projection, keeps the activations of each, and computes the
+adapter in float32 beside a bfloat16 base, with a copy of x in each type. Here x is read once for all
+A_i, B_i is added by the matrix product itself, the gradients of x are summed by the products too, and
+only x and x A' are kept. Products are in the type of the base (or of autocast); A and B stay
+float32, and so do their gradients.
+
+Source: LoRA (arXiv 2106.09685), equation 3; the gradients are its chain rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A frozen linear layer and its adapter.
+
+    Attributes:
+        weight: (out, in), frozen.
+        down: A, (r, in).
+        up: B, (out, r).
+        scaling: factor of the adapter.
+        dropout: on the adapter's input; None where it does nothing.
+    """
+
+    weight: torch.Tensor
+    down: torch.Tensor
+    up: torch.Tensor
+    scaling: float
+    dropout: torch.nn.Module | None
+
+
+def projections_of(layers: Sequence[torch.nn.Module]) -> list[Projection] | None:
+    """What `project` needs of PEFT's layers; None where one of them is not plain LoRA.
+
+    Plain is: a `torch.nn.Linear` under exactly one active adapter, without bias, without a variant
+    (DoRA and its like), neither merged nor disabled. Everything else stays PEFT's own.
+    """
+    found = [_projection_of(layer) for layer in layers]
+    return None if None in found else [p for p in found if p is not None]
+
+
+def _projection_of(layer: torch.nn.Module) -> Projection | None:
+    if type(layer) is not Linear or layer.disable_adapters or layer.merged:
+        return None
+    base, active = layer.base_layer, layer.active_adapters
+    if type(base) is not torch.nn.Linear or base.bias is not None or base.weight.requires_grad:
+        return None
+    if len(active) != 1 or active[0] not in layer.lora_A or active[0] in layer.lora_variant:
+        return None
+    name = active[0]
+    down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    if up.bias is not None or any(m._forward_hooks or m._forward_pre_hooks for m in (base, layer)):
+        return None
+    acts = isinstance(dropout, torch.nn.Dropout) and dropout.p > 0 and layer.training
+    return Projection(
+        base.weight, down.weight, up.weight, layer.scaling[name], dropout if acts else None
+    )
+
+
+def project(x: torch.Tensor, projections: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
+    """y_i of every projection of one input.
+
+    Args:
+        x: (…, in).
+
+    Returns:
+        (…, out_i) each, in the type of the base, or of autocast where it is on.
+    """
+    dropped: list[torch.Tensor | None] = [
+        None if p.dropout is None else p.dropout(x) for p in projections
+    ]
+    tensors = [t for p in projections for t in (p.weight, p.down, p.up)]
+    scalings = [p.scaling for p in projections]
+    dtype = type_of_products(x, projections[0].weight)
+    result: tuple[torch.Tensor, ...] = _Projections.apply(x, dtype, scalings, *dropped, *tensors)
+    return result
+
+
+def type_of_products(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The weight's type, or that of autocast where it is on."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+class _Projections(torch.autograd.Function):
+    """`project`, with its gradients written out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, dtype: torch.dtype, scalings: list[float], *tensors: Any
+    ) -> tuple[torch.Tensor, ...]:
+        n = len(scalings)
+        dropped, weights = tensors[:n], tensors[n:]
+        triples = [weights[i : i + 3] for i in range(0, 3 * n, 3)]
+        flat = _rows(x, dtype)
+        inputs = [None if d is None else _rows(d, dtype) for d in dropped]
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = _through_downs(flat, inputs, [down.to(dtype) for _, down, _ in triples])
+            outputs = []
+            for h, (weight, _, up), s in zip(hidden, triples, scalings, strict=True):
+                y = torch.mm(flat, weight.to(dtype).t())
+                y.addmm_(h, up.to(dtype).t(), alpha=s)
+                outputs.append(y.view(*x.shape[:-1], -1))
+        ctx.dtype, ctx.scalings, ctx.shape, ctx.x_dtype = dtype, scalings, x.shape, x.dtype
+        ctx.save_for_backward(flat, *inputs, *hidden, *weights)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        n, dtype = len(ctx.scalings), ctx.dtype
+        flat, *saved = ctx.saved_tensors
+        inputs, hidden, weights = saved[:n], saved[n : 2 * n], saved[2 * n :]
+        triples = [weights[i : i + 3] for i in range(0, 3 * n, 3)]
+        dys = [_rows(grad, dtype) for grad in grads]
+        ups = [up.to(dtype) * s for (_, _, up), s in zip(triples, ctx.scalings, strict=True)]
+        with torch.autocast(flat.device.type, enabled=False):
+            dups = [
+                torch.mm(dy.t(), h).to(up.dtype).mul_(s)
+                for dy, h, (_, _, up), s in zip(dys, hidden, triples, ctx.scalings, strict=True)
+            ]
+            dhidden = [torch.mm(dy, up) for dy, up in zip(dys, ups, strict=True)]
+            ddowns = _down_gradients(flat, inputs, dhidden, [down for _, down, _ in triples])
+            downs = [down.to(dtype) for _, down, _ in triples]
+            dx, ddropped = None, [None] * n
+            if ctx.needs_input_grad[0]:
+                dx = torch.mm(dys[0], triples[0][0].to(dtype))
+                for dy, (weight, _, _) in zip(dys[1:], triples[1:], strict=True):
+                    dx.addmm_(dy, weight.to(dtype))
+            for i, (dh, down) in enumerate(zip(dhidden, downs, strict=True)):
+                if inputs[i] is not None and ctx.needs_input_grad[3 + i]:
+                    ddropped[i] = torch.mm(dh, down).view(ctx.shape).to(ctx.x_dtype)
+            if dx is not None:
+                shared = [i for i in range(n) if inputs[i] is None]
+                if shared:
+                    dx.addmm_(
+                        torch.cat([dhidden[i] for i in shared], 1),
+                        torch.cat([downs[i] for i in shared]),
+                    )
+                dx = dx.view(ctx.shape).to(ctx.x_dtype)
+        of_weights = [g for i in range(n) for g in (None, ddowns[i], dups[i])]
+        return (dx, None, None, *ddropped, *of_weights)
+
+
+def _rows(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(rows, width) of (…, width)."""
+    return tensor.reshape(-1, tensor.shape[-1]).to(dtype)
+
+
+def _through_downs(
+    flat: torch.Tensor, inputs: Sequence[torch.Tensor | None], downs: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """x A_i' of all; one product reads x for those that dropout leaves alone."""
+    shared = [i for i, own in enumerate(inputs) if own is None]
+    found: dict[int, torch.Tensor] = {}
+    if shared:
+        together = torch.mm(flat, torch.cat([downs[i] for i in shared]).t())
+        parts = together.split([len(downs[i]) for i in shared], dim=1)
+        found = dict(zip(shared, parts, strict=True))
+    return [
+        found[i] if own is None else torch.mm(own, downs[i].t()) for i, own in enumerate(inputs)
+    ]
+
+
+def _down_gradients(
+    flat: torch.Tensor,
+    inputs: Sequence[torch.Tensor | None],
+    dhidden: Sequence[torch.Tensor],
+    downs: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """The gradients of A_i, in its own type."""
+    shared = [i for i, own in enumerate(inputs) if own is None]
+    found: dict[int, torch.Tensor] = {}
+    if shared:
+        together = torch.mm(torch.cat([dhidden[i] for i in shared], 1).t(), flat)
+        parts = together.split([len(downs[i]) for i in shared])
+        found = dict(zip(shared, parts, strict=True))
+    return [
+        (found[i] if own is None else torch.mm(dhidden[i].t(), own)).to(downs[i].dtype)
+        for i, own in enumerate(inputs)
+    ]

@@ -1,0 +1,186 @@
+"""A whole Llama with the fast parts, each alone and all, against the libraries' own layers."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tolerances import FAST_BFLOAT16, FAST_GRADIENT_FLOAT32
+
+from finetune.config import FastSection
+from finetune.fast.blocks import speed_up
+from finetune.fast.loss import pack, token_losses
+
+ALL = [*("q_proj", "k_proj", "v_proj", "o_proj"), *("gate_proj", "up_proj", "down_proj")]
+OFF = FastSection(attention=False, lora=False, pointwise=False, loss=False)
+DOCUMENTS = [
+    ([5, 40, 41, 42, 2, 43], [False, False, True, True, True, False]),
+    ([7], [True]),
+    ([9, 60, 61, 62], [False] * 4),
+    ([3, *range(100, 130)], [False, *[True] * 30]),
+]
+
+
+def with_adapter(model, **settings):
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ALL, **settings}
+    torch.manual_seed(0)
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**settings))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapted.train()
+
+
+def losses_and_gradients(model, parts, documents=DOCUMENTS):
+    """One micro-batch; gradients are added to what is there."""
+    torch.manual_seed(1)
+    losses = token_losses(
+        model, pack(documents), in_blocks=parts.loss, dense=not parts.attention
+    )
+    losses.sum().backward()
+    named = model.named_parameters()
+    return losses.detach(), {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+
+def distance(one, other) -> float:
+    """Largest relative difference of losses and of the gradient of any tensor."""
+    assert one[1].keys() == other[1].keys()
+    pairs = [(one[0], other[0]), *((one[1][name], other[1][name]) for name in one[1])]
+    return max(((a - b).double().norm() / b.double().norm()).item() for a, b in pairs if len(a))
+
+
+def both(model, parts, documents=DOCUMENTS):
+    plain = copy.deepcopy(model)
+    speed_up(model, parts)
+    return losses_and_gradients(model, parts, documents), losses_and_gradients(plain, OFF, documents)
+
+
+SWITCHES = [
+    FastSection(**{key: key == only for key in FastSection.model_fields})
+    for only in FastSection.model_fields
+] + [FastSection()]
+
+
+@pytest.mark.parametrize("parts", SWITCHES, ids=lambda p: "+".join(k for k, v in p if v))
+@pytest.mark.parametrize("preset", ["llama3-8b", "llama2-7b", "llama3.2-1b"])
+def test_losses_and_gradients_are_the_libraries(tiny_llama, preset, parts):
+    """Grouped and full attention; head apart from the embedding and tied to it."""
+    assert distance(*both(with_adapter(tiny_llama(preset)), parts)) < FAST_GRADIENT_FLOAT32
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [[([4, 5], [True, True])], [([4], [True]), ([5, 6, 7], [True] * 3)], DOCUMENTS[:1] * 9],
+    ids=["two tokens", "one token", "nine documents"],
+)
+def test_any_documents(tiny_llama, documents):
+    found = both(with_adapter(tiny_llama()), FastSection(), documents)
+    assert distance(*found) < FAST_GRADIENT_FLOAT32
+
+
+@pytest.mark.parametrize("documents", [[([4, 5, 6], [False] * 3)], [([4], [True])]])
+def test_nothing_to_train_is_a_gradient_of_zero(tiny_llama, documents):
+    model = with_adapter(tiny_llama())
+    speed_up(model, FastSection())
+    losses, gradients = losses_and_gradients(model, FastSection(), documents)
+    assert losses.shape == (0,)
+    assert len(gradients) == 2 * 7 * len(model.base_model.model.model.layers)
+    assert all((gradient == 0).all() for gradient in gradients.values())
+
+
+def test_dropout_draws_what_peft_draws(tiny_llama):
+    model = with_adapter(tiny_llama(), lora_dropout=0.3)
+    assert distance(*both(model, FastSection())) < FAST_GRADIENT_FLOAT32
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": ["gate_proj", "o_proj", "v_proj", "k_proj", "q_proj"]},
+        {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"up_proj": 3}},
+        {"layers_to_transform": [1]},
+    ],
+    ids=str,
+)
+def test_adapters_on_some_layers_and_of_other_kinds(tiny_llama, settings):
+    found = both(with_adapter(tiny_llama(), **settings), FastSection())
+    assert distance(*found) < FAST_GRADIENT_FLOAT32
+
+
+def test_all_weights_may_train(tiny_llama):
+    model = copy.deepcopy(tiny_llama("llama3.2-1b")).train()
+    assert distance(*both(model, FastSection())) < FAST_GRADIENT_FLOAT32
+
+
+def test_gradients_add_up_over_micro_batches(tiny_llama):
+    model = with_adapter(tiny_llama())
+    plain = copy.deepcopy(model)
+    speed_up(model, FastSection())
+    for documents in (DOCUMENTS[:1], DOCUMENTS[1:]):
+        found = losses_and_gradients(model, FastSection(), documents)
+        expected = losses_and_gradients(plain, OFF, documents)
+    assert distance(found, expected) < FAST_GRADIENT_FLOAT32
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activations_may_be_recomputed(tiny_llama, reentrant):
+    model = with_adapter(tiny_llama(), lora_dropout=0.3)
+    model.enable_input_require_grads()
+    expected = losses_and_gradients(copy.deepcopy(model), OFF)
+    speed_up(model, FastSection())
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert distance(losses_and_gradients(model, FastSection()), expected) < FAST_GRADIENT_FLOAT32
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16(tiny_llama, autocast):
+    model = with_adapter(tiny_llama())
+    expected = losses_and_gradients(copy.deepcopy(model), OFF)
+    speed_up(model, FastSection())
+    if not autocast:
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = losses_and_gradients(model, FastSection())
+    assert {g.dtype for g in found[1].values()} == {torch.float32}
+    assert distance(found, expected) < 8 * FAST_BFLOAT16  # through every layer
+
+
+def test_without_gradients_the_libraries_run(tiny_llama):
+    model = with_adapter(tiny_llama()).eval()
+    plain = copy.deepcopy(model)
+    speed_up(model, FastSection())
+    ids = torch.tensor([[1, 5, 9, 13]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+        settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(model.generate(ids, **settings), plain.generate(ids, **settings))
+
+
+def test_names_and_copies_are_the_same(tiny_llama):
+    model = with_adapter(tiny_llama())
+    before = list(model.state_dict())
+    speed_up(model, FastSection())
+    assert list(model.state_dict()) == before
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    losses_and_gradients(twin, FastSection())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_every_combination_of_switches_runs(tiny_llama):
+    keys = list(FastSection.model_fields)
+    expected = losses_and_gradients(with_adapter(tiny_llama()), OFF)
+    for values in itertools.product([False, True], repeat=len(keys)):
+        parts = FastSection(**dict(zip(keys, values, strict=True)))
+        model = with_adapter(tiny_llama())
+        speed_up(model, parts)
+        assert distance(losses_and_gradients(model, parts), expected) < FAST_GRADIENT_FLOAT32
