@@ -20,11 +20,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 from finetune.config import RunConfig
-from finetune.fast.attention import no_mask, register
+from finetune.fast.attention import as_on_gpu, no_mask, register
 from finetune.fast.blocks import speed_up
 from finetune.fast.head import head_losses, plain_losses
 from finetune.llama.architecture import Architecture, to_llama_config
 from finetune.methods import method_of
+from finetune.precision import uses_bf16_autocast
 
 _PROMPTS = ("prompt_tuning", "prefix_tuning")  # vectors before the text, not in a layer
 
@@ -49,17 +50,18 @@ def layer_footprint(
 
     Args:
         lengths: tokens of each document of a micro-batch.
-        device: `cpu` or `cuda`; which kernels are counted.
+        device: `cpu` or `cuda`. Fake tensors of a GPU need a GPU; its kernels keep what those of
+            the CPU keep, without the CPU's float32 copies for attention.
     """
-    tokens, layer = sum(lengths), _layer(config, arch)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-        _fill(layer)
+    tokens, layer = sum(lengths), build_layer(config, arch)
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu(device == "cuda"):
+        fill(layer)
         dtype = getattr(torch, config.base.dtype)
         hidden = torch.empty(1, tokens, arch.dim, dtype=dtype, requires_grad=True)
         angles = torch.empty(1, tokens, arch.head_dim, dtype=dtype)
 
         def run() -> torch.Tensor:
-            with torch.autocast(device, torch.bfloat16, enabled=_is_autocast(config)):
+            with products(config, device, "cpu"):
                 return layer(  # type: ignore[no-any-return]
                     hidden,
                     attention_mask=no_mask(hidden.device),
@@ -74,7 +76,7 @@ def head_footprint(
     config: RunConfig, arch: Architecture, supervised: int, device: str = "cpu"
 ) -> Footprint:
     """Of the head and the loss on a micro-batch's supervised tokens."""
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
+    with FakeTensorMode(allow_non_fake_inputs=True):
         dtype = getattr(torch, config.base.dtype)
         hidden = torch.empty(supervised, arch.dim, dtype=dtype, requires_grad=True)
         trains = config.adapter.method == "none"
@@ -82,7 +84,7 @@ def head_footprint(
         targets = torch.zeros(supervised, dtype=torch.int64)
 
         def run() -> torch.Tensor:
-            with torch.autocast(device, torch.bfloat16, enabled=_is_autocast(config)):
+            with products(config, device, "cpu"):
                 if config.fast.loss:
                     return head_losses(hidden, weight, targets)
                 return plain_losses(torch.nn.functional.linear(hidden, weight), targets)
@@ -90,11 +92,18 @@ def head_footprint(
         return _counted(run)
 
 
-def _is_autocast(config: RunConfig) -> bool:
-    return config.train.bf16 is True
+def products(config: RunConfig, device: str, tensors: str | None = None) -> Any:
+    """The context of a forward pass: autocast where the config has it.
+
+    Args:
+        device: that would train.
+        tensors: the device of the tensors, where it is another.
+    """
+    autocast = uses_bf16_autocast(config, device)
+    return torch.autocast(tensors or device, torch.bfloat16, enabled=autocast)
 
 
-def _layer(config: RunConfig, arch: Architecture) -> Any:
+def build_layer(config: RunConfig, arch: Architecture) -> Any:
     """A decoder layer as `train` has it, in training mode."""
     llama_config = to_llama_config(replace(arch, n_layers=1))
     llama_config._attn_implementation = register()
@@ -104,20 +113,21 @@ def _layer(config: RunConfig, arch: Architecture) -> Any:
         if adapter.method != "none" and adapter.method not in _PROMPTS:
             # initialisations look at numbers; a layer's memory does not depend on them
             plain = adapter.model_copy(update={"init": type(adapter).model_fields["init"].default})
-            model = get_peft_model(model, method_of(plain).peft_config(plain, ""))
+            model.name_or_path = "base"  # else PEFT warns of a renaming
+            model = get_peft_model(model, method_of(plain).peft_config(plain, "base"))
     if config.base.quantization != "none":
         fast = fast.model_copy(update={"lora": False})  # bitsandbytes' layers run PEFT's own code
     speed_up(model, fast)
     return layers[0].train()
 
 
-def _fill(layer: torch.nn.Module) -> None:
-    """Fake numbers in the place of none."""
+def fill(layer: torch.nn.Module) -> None:
+    """Weights, fake or random as the mode around it has it, in the place of those without memory."""
     for module in layer.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                module._parameters[name] = torch.nn.Parameter(fake, parameter.requires_grad)
+                made = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02)
+                module._parameters[name] = torch.nn.Parameter(made, parameter.requires_grad)
 
 
 def _counted(run: Callable[[], torch.Tensor]) -> Footprint:

@@ -175,6 +175,7 @@ class StepMetrics(TrainerCallback):
             learning_rate=trainer.step_learning_rate,
             seconds=round(seconds, 4),
             **({"spikes": [str(s) for s in trainer.step_spikes]} if trainer.step_spikes else {}),
+            **({"micro_batch_pieces": trainer.num_pieces} if trainer.num_pieces > 1 else {}),
         )
         for spike in trainer.step_spikes:
             done = " (skipped)" if trainer.ours.on_spike == "skip" else ""

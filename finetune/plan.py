@@ -1,7 +1,9 @@
-"""`plan`: parameters, FLOPs and the memory of weights and optimiser, before anything is loaded.
+"""`plan`: memory by part, time of a step, steps, disk and whether it fits, before anything is loaded.
 
-All of it is arithmetic on the architecture, so that a config of 405 B parameters is planned on a
-laptop. Activations and time are not in it.
+Weights, gradients and moments are arithmetic (`budget`); activations are counted by running a layer
+on tensors without memory (`footprint`); time is measured on a layer here (`calibration`) or follows
+from a named device's data sheet. Nothing of the model's size is allocated, so 405B is planned on a
+laptop.
 """
 
 from __future__ import annotations
@@ -10,144 +12,224 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from finetune import artifact
+from finetune.budget import BYTES, Budget, budget_of
 from finetune.config import RunConfig
 from finetune.config.loader import load
-from finetune.errors import InputError
-from finetune.llama.architecture import (
-    HUB_IDS,
-    Architecture,
-    PartCounts,
-    architecture_of,
-    from_llama_config,
-)
-from finetune.methods import method_of
+from finetune.devices import CONTEXT_BYTES, DEVICES, GIB, MFU, Device, this_machine
+from finetune.workload import Workload, workload_of
 
-GIB = 2**30
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-# bitsandbytes: 4 bits, an 8-bit scale for 64 of them, a float32 for 256 scales (double
-# quantisation); or 8 bits. The float32 scale of a row of int8 is too little to show.
-_QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-_QUANTIZED_BYTES["fp4"] = _QUANTIZED_BYTES["nf4"]
-# Moments that an optimiser keeps for each trained parameter, in the parameter's own type.
-_MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}
+# A process after its imports and the trainer's (benchmarks/results has the measurement).
+LIBRARIES_BYTES = int(0.62 * GIB)
+_SPARE = 0.05  # of the device's memory: the allocator's gaps
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """How many devices, and what each of them holds.
+
+    Attributes:
+        device: each of them.
+        count: of devices.
+        sharding: `ddp`: each holds everything; `fsdp`: each holds its part of weights, gradients
+            and moments, and one layer as a whole while it runs.
+    """
+
+    device: Device
+    count: int = 1
+    sharding: str = "ddp"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config needs, as far as arithmetic on its architecture tells.
+    """What a config needs.
 
     Attributes:
-        architecture: of the base.
-        parameters: of the base, by part.
-        trainable: parameters that train.
-        bytes_by_part: base, adapter, gradients, optimizer (None where it is not known).
-        flops_per_token: forward pass of the base for one token, without attention scores.
+        config: what was planned.
+        budget: what is held for good.
+        workload: what a step trains on.
+        cluster: where.
+        bytes_by_part: of one device at its peak.
+        flops: of one step of one device.
+        seconds: of one step; None where it is not known.
+        timing: where `seconds` comes from, in words.
+        checkpoint_bytes: of one checkpoint.
+        checkpoints: that lie on the disk at once.
     """
 
-    architecture: Architecture
-    parameters: PartCounts
-    trainable: int
-    bytes_by_part: dict[str, int | None]
-    flops_per_token: int
+    config: RunConfig
+    budget: Budget
+    workload: Workload
+    cluster: Cluster
+    bytes_by_part: dict[str, int]
+    flops: float
+    seconds: float | None
+    timing: str
+    checkpoint_bytes: int
+    checkpoints: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes of one device."""
+        return sum(self.bytes_by_part.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """None where the device's memory is not known."""
+        memory = self.cluster.device.memory
+        return None if memory is None else self.peak <= memory * (1 - _SPARE)
 
     def as_json(self) -> dict[str, Any]:
         """The plan as one JSON object."""
-        known = [n for n in self.bytes_by_part.values() if n is not None]
+        work, device = self.workload, self.cluster.device
         return {
-            "parameters": self.parameters.total,
-            "parameters_by_part": self.parameters.as_dict(),
-            "trainable": self.trainable,
+            "parameters": self.budget.parameters.total,
+            "parameters_by_part": self.budget.parameters.as_dict(),
+            "trainable": self.budget.trainable,
+            "device": device.name,
+            "devices": self.cluster.count,
+            "sharding": self.cluster.sharding,
             "bytes_by_part": self.bytes_by_part,
-            "bytes": sum(known),
-            "flops_per_token": self.flops_per_token,
-            "not_counted": ["activations", "logits", "time"],
+            "bytes": self.peak,
+            "device_bytes": device.memory,
+            "fits": self.fits,
+            "flops_per_step": self.flops,
+            "flops_per_token": self.budget.architecture.flops_per_token().total,
+            "seconds_per_step": self.seconds,
+            "timing": self.timing,
+            **work.as_json(),
+            "disk_bytes": self.checkpoint_bytes * self.checkpoints,
         }
 
-    def lines(self) -> list[str]:
-        """The plan for the terminal."""
-        parts = ", ".join(f"{n} {c:,}" for n, c in self.parameters.as_dict().items() if c)
-        share = 100 * self.trainable / (self.parameters.total or 1)
-        memory = [
-            f"{name} {'unknown' if size is None else f'{size / GIB:.2f} GiB'}"
-            for name, size in self.bytes_by_part.items()
-        ]
-        return [
-            f"base     {parts}",
-            f"trained  {self.trainable:,} parameters ({share:.3f} % of the base)",
-            f"memory   {', '.join(memory)}",
-            f"flops    {self.flops_per_token:,} a token forward, without attention scores",
-            "         not counted: activations, logits, time",
-        ]
 
+def plan_of(config: RunConfig, cluster: Cluster | None = None, with_time: bool = True) -> Plan:
+    """The plan of a config; nothing of the model's size is allocated, nothing fetched.
 
-def plan_of(config: RunConfig) -> Plan:
-    """The plan of a config; nothing is allocated, nothing fetched.
+    Args:
+        cluster: None is this machine.
+        with_time: measure a layer here, where the cluster is this machine.
 
     Raises:
         InputError: the base's architecture is not known without a download.
     """
-    arch = architecture_of_base(config)
-    parameters = arch.num_parameters()
-    is_full = config.adapter.method == "none"
-    trained = parameters.total if is_full else num_adapter_parameters(arch, config)
-    moments = _MOMENTS.get(config.train.optim)
-    size = _BYTES[config.base.dtype if is_full else "float32"]  # adapters are float32
-    sizes = {
-        "base": _base_bytes(arch, config),
-        "adapter": 0 if is_full else int(size * trained),
-        "gradients": int(size * trained),
-        "optimizer": None if moments is None else int(moments * size * trained),
+    from finetune.footprint import head_footprint, layer_footprint
+
+    cluster = cluster or Cluster(this_machine())
+    budget, work = budget_of(config), workload_of(config, cluster.count)
+    arch, kind = budget.architecture, cluster.device.kind
+    layer = layer_footprint(config, arch, work.lengths, kind)
+    head = head_footprint(config, arch, work.supervised, kind)
+    width = sum(work.lengths) * arch.dim * int(BYTES[config.base.dtype])
+    kept = width if config.train.activation_checkpointing else layer.kept
+    activations = arch.n_layers * kept + width
+    if config.train.activation_checkpointing:
+        activations += max(layer.peak - width, 0)
+    else:
+        activations += layer.peak - layer.kept
+    parts = {
+        "libraries": LIBRARIES_BYTES if kind == "cpu" else CONTEXT_BYTES,
+        **_held(budget, cluster),
+        "activations": activations,
+        "logits": max(head.peak - (layer.peak - layer.kept), 0),
     }
-    return Plan(arch, parameters, trained, sizes, arch.flops_per_token().total)
-
-
-def num_adapter_parameters(arch: Architecture, config: RunConfig) -> int:
-    """Trainable parameters of the config's adapter: its method's closed formula.
-
-    Raises:
-        InputError: a setting that does not fit the base.
-    """
-    method = method_of(config.adapter)
-    if findings := method.findings(config.adapter, arch):
-        raise InputError(findings)
-    return method.num_trainable(config.adapter, arch)
-
-
-def _base_bytes(arch: Architecture, config: RunConfig) -> int:
-    """The base's weights as they are held: quantisation leaves embedding, norms and head."""
-    counts, size = arch.num_parameters(), _BYTES[config.base.dtype]
-    linear = counts.attention + counts.mlp
-    in_blocks = _QUANTIZED_BYTES.get(config.base.quantization, size)
-    return int(linear * in_blocks + (counts.total - linear) * size)
-
-
-def architecture_of_base(config: RunConfig) -> Architecture:
-    """The architecture that `base:` names: a preset, a documented hub id, or a local folder.
-
-    Raises:
-        InputError: neither; only a download would tell.
-    """
-    base = config.base
-    if base.architecture is not None:
-        return architecture_of(base.architecture)
-    assert base.path is not None
-    folder = Path(base.path)
-    if (folder / "config.json").is_file():
-        return from_llama_config(artifact.read_json(folder / "config.json"))
-    if (folder / "params.json").is_file():
-        from finetune.llama.meta_checkpoint import read_checkpoint
-
-        return read_checkpoint(folder).arch  # the weights tell vocabulary and tied head
-    if base.path in HUB_IDS:
-        return architecture_of(HUB_IDS[base.path])
-    raise InputError(
-        f"base.path {base.path}: neither a folder nor a documented hub id, so its architecture is "
-        "not known without a download; name a local folder"
+    seconds, timing = _seconds(config, budget, work, cluster, with_time)
+    return Plan(
+        config,
+        budget,
+        work,
+        cluster,
+        parts,
+        work.flops(budget, config),
+        seconds,
+        timing,
+        checkpoint_bytes=budget.gradients + budget.optimizer,
+        checkpoints=config.train.save_total_limit + 1,
     )
+
+
+def _held(budget: Budget, cluster: Cluster) -> dict[str, int]:
+    """Bytes of one device for weights, gradients and moments."""
+    parts, count = budget.by_part(), cluster.count
+    if count == 1:
+        return parts
+    if cluster.sharding == "ddp":
+        return {**parts, "buckets": budget.gradients}
+    counts, arch = budget.parameters, budget.architecture
+    per_parameter = budget.base / counts.total
+    layer = (counts.attention + counts.mlp) / arch.n_layers
+    gathered = int(per_parameter * (2 * layer + max(counts.embedding, counts.head)))
+    return {**{name: size // count for name, size in parts.items()}, "gathered": gathered}
+
+
+def _seconds(
+    config: RunConfig, budget: Budget, work: Workload, cluster: Cluster, measure: bool
+) -> tuple[float | None, str]:
+    device = cluster.device
+    if device.flops is not None:
+        seconds = work.flops(budget, config) / (MFU * device.flops)
+        return seconds, f"{100 * MFU:.0f} % of the data sheet's rate, an assumption"
+    if not measure:
+        return None, "not asked for"
+    if config.base.quantization != "none":
+        return None, "not known for a quantised base"
+    from finetune import calibration
+
+    arch = budget.architecture
+    found = calibration.measure(
+        config, arch, work.usual_lengths, work.usual_supervised, budget.trainable, device.kind
+    )
+    seconds = found.step(arch.n_layers, work.micro_batches)
+    return seconds, f"measured here, a layer on {found.timed_tokens:,} tokens"
+
+
+def lines(plan: Plan) -> list[str]:
+    """The plan for the terminal."""
+    budget, work, device = plan.budget, plan.workload, plan.cluster.device
+    counts = budget.parameters.as_dict().items()
+    share = 100 * budget.trainable / (budget.parameters.total or 1)
+    memory = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.bytes_by_part.items())
+    many = f"{plan.cluster.count} x " if plan.cluster.count > 1 else ""
+    of = "" if device.memory is None else f" of {device.memory / GIB:.1f}"
+    found = [
+        f"base     {', '.join(f'{name} {count:,}' for name, count in counts if count)}",
+        f"trained  {budget.trainable:,} parameters ({share:.3f} % of the base)",
+        *work.lines(),
+        f"memory   {memory} GiB",
+        f"         {plan.peak / GIB:.2f}{of} GiB on {many}{device.name}: {_verdict(plan)}",
+        f"flops    {plan.flops:.3g} a step and device",
+        f"time     {_time(plan)}",
+        f"disk     {plan.checkpoints} checkpoints of {plan.checkpoint_bytes / GIB:.2f} GiB",
+    ]
+    return found
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.fits is not False:
+        return "fits" if plan.fits else "the device's memory is not known"
+    return f"does not fit; {_advice(plan)}"
+
+
+def _advice(plan: Plan) -> str:
+    """What to change first, by the largest part."""
+    parts = plan.bytes_by_part
+    if parts["activations"] > parts["base"]:
+        return (
+            "train.activation_checkpointing=true, or fewer rows in train.per_device_train_batch_size"
+            " and more in train.gradient_accumulation_steps"
+        )
+    if plan.budget.trainable == plan.budget.parameters.total:
+        return "train an adapter (adapter.method=lora), or shard (--devices N --sharding fsdp)"
+    return "base.quantization=nf4, or shard (--devices N --sharding fsdp)"
+
+
+def _time(plan: Plan) -> str:
+    if plan.seconds is None:
+        return plan.timing
+    rate = plan.workload.tokens_per_step / plan.seconds
+    known = plan.workload.num_steps
+    whole = "" if known is None else f", {known * plan.seconds / 3600:.2f} h for {known:,} steps"
+    return f"{plan.seconds:.3g} s a step{whole}; {rate:,.0f} tokens/s ({plan.timing})"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -157,8 +239,15 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", help="key=value")
+    parser.add_argument("--device", choices=DEVICES, help="plan for it; default: this machine")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="how many")
+    parser.add_argument("--sharding", choices=("ddp", "fsdp"), default="ddp")
+    parser.add_argument("--no-time", action="store_true", help="measure nothing here")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_intermixed_args(list(argv))
-    plan = plan_of(load(args.config, args.overrides).config)
-    print(json.dumps(plan.as_json(), indent=2) if args.json else "\n".join(plan.lines()))
+    config = load(args.config, args.overrides).config
+    device = DEVICES[args.device] if args.device else this_machine()
+    cluster = Cluster(device, max(args.devices, 1), args.sharding)
+    plan = plan_of(config, cluster, not args.no_time)
+    print(json.dumps(plan.as_json(), indent=2) if args.json else "\n".join(lines(plan)))
     return 0

@@ -80,6 +80,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def fit_file(self) -> Path:
+        """What `train.fit: auto` chose."""
+        return self.path / "fit.json"
+
+    @property
     def witness(self) -> Path:
         """What the trained model said at a few tokens, for what is loaded later."""
         return self.path / "witness.safetensors"

@@ -24,7 +24,7 @@ from finetune.config.loader import Loaded
 from finetune.files import find_files, read_rows
 from finetune.llama.architecture import HUB_IDS, Architecture, scaled_down
 from finetune.methods import why_not_merged
-from finetune.plan import architecture_of_base
+from finetune.budget import architecture_of_base
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "llama-nano"
 NUM_STEPS = 2
@@ -79,6 +79,7 @@ def smoke_config(loaded: Loaded, scratch: Path) -> Loaded:
         **train,
         "max_steps": NUM_STEPS,
         "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": min(config.train.gradient_accumulation_steps, 2),
         "warmup_steps": min(config.train.warmup_steps, 1),
         "save_steps": NUM_STEPS,
         "report_to": "none",

@@ -33,9 +33,9 @@ from finetune.model import (
     weight_files,
     write_generation_config,
 )
+from finetune.precision import uses_bf16_autocast
 from finetune.preview import show_example
 from finetune.recipes import Parts
-from finetune.recipes.assembly import uses_bf16_autocast
 from finetune.revisions import rows_as_begun, warn_of_rows, warn_unpinned
 from finetune.run_folder import RunFolder, environment
 

@@ -84,7 +84,7 @@ def train(loaded: Loaded, allowed: Sequence[str] = ()) -> int:
 
 def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> list[str]:
     """The stages in their order. Returns what a person should know of how training ended."""
-    from finetune import checkpoint, resume, stages
+    from finetune import checkpoint, fit, resume, stages
     from finetune.monitor import Progress, StepMetrics, StopAtBoundary, stop_on_signals
     from finetune.recipes import RECIPES
     from finetune.watchdog import frozen_checksums, refuse_changed
@@ -92,6 +92,7 @@ def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> list[str]:
     config = loaded.config
     base = stages.prepare_base(config, run, is_first_rank())
     data = stages.prepare_data(config, run, base, is_first_rank(), allowed)
+    config = fit.fitted(config, run.fit_file, num_ranks(), is_first_rank())
     model = stages.prepare_model(config, run, base, data, is_first_rank())
     parts = stages.gather_parts(config, run, base, data, model, num_ranks())
     trainer = RECIPES[config.recipe](parts)

@@ -32,6 +32,7 @@ from finetune.heldout import document_losses
 from finetune.packing import FILLER, BatchPlan, PackLoader, PackSampler, TokenizedRows
 from finetune.prepared import Document, PreparedDocuments
 from finetune.rank_schedule import RankSchedule
+from finetune.shrinking import MemorySeam
 from finetune.watchdog import Spike, SpikeWatch, StillnessWatch, not_finite
 
 
@@ -53,6 +54,7 @@ class TrainerInputs:
         ranks: AdaLoRA's schedule; None for every other method.
         on_spike: record, skip or stop.
         fast: which parts of the step are our own.
+        shrinks: whether a step that runs out of memory is done again in smaller pieces.
     """
 
     train: PreparedDocuments
@@ -68,10 +70,11 @@ class TrainerInputs:
     ranks: RankSchedule | None = None
     on_spike: str = "record"
     fast: FastSection = FastSection()
+    shrinks: bool = False
 
 
-class OurSeams(EvaluationSeam):
-    """Data, loss, checkpoint and evaluation seams; put before a TRL trainer in the bases."""
+class OurSeams(EvaluationSeam, MemorySeam):
+    """Data, loss, checkpoint, evaluation and memory seams; put before a TRL trainer in the bases."""
 
     ours: TrainerInputs
     optimizer: Any
@@ -122,6 +125,7 @@ class OurSeams(EvaluationSeam):
     ) -> tuple[list[Any], torch.Tensor]:
         """The micro-batches of a step, and its supervised tokens over all of them and all ranks."""
         batches = [next(epoch_iterator) for _ in range(num_batches)]
+        self.begin_step()
         self._num_micro_batches = len(batches)
         supervised = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
         all_tokens = sum(batch["labels"].numel() for batch in batches)

@@ -118,9 +118,9 @@ def _useful(folder: Path, args: argparse.Namespace) -> list[dict[str, float]]:
     """Tokens, supervised tokens and useful FLOPs of each packed step."""
     from benchmarks.speed.roofline import useful_flops
     from benchmarks.speed.workload import config_of
+    from finetune.budget import num_adapter_parameters
     from finetune.config import RunConfig
     from finetune.llama.architecture import architecture_of
-    from finetune.plan import num_adapter_parameters
 
     size = SIZES[args.size]
     arch = architecture_of(size.architecture)

@@ -89,7 +89,7 @@ def config_of(folder: Path, size: Size, dtype: str, name: str, **train: Any) -> 
 
 
 def _write_rows(path: Path, size: Size) -> None:
-    """The first rows of the instructions whose tokens fit a pack."""
+    """The first rows of the instructions that take half a pack at most."""
     tokenizer = _tokenizer()
     rows = json.loads((SHARED / "data" / "alpaca_en_demo.json").read_text(encoding="utf-8"))
     lines: list[str] = []
@@ -97,7 +97,7 @@ def _write_rows(path: Path, size: Size) -> None:
         question = f"{row['instruction']}\n\n{row['input']}".strip()
         if not row["output"].strip() or len(lines) == size.num_rows:
             continue
-        if len(tokenizer(question + row["output"])["input_ids"]) > size.max_length - 24:
+        if len(tokenizer(question + row["output"])["input_ids"]) > size.max_length // 2:
             continue
         turns = [("user", question), ("assistant", row["output"])]
         messages = [{"role": role, "content": text} for role, text in turns]

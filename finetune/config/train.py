@@ -50,6 +50,11 @@ class TrainSection(Section):
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] = 1
     """Micro-batches summed into one optimiser step."""
 
+    fit: Literal["none", "auto"] = "none"
+    """`auto`: per_device_train_batch_size, gradient_accumulation_steps and activation_checkpointing
+    are chosen to fit the device; the product of the first two, the rows of a step, is kept. A step
+    that runs out of memory nevertheless is done again in smaller pieces."""
+
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
     """Peak learning rate."""
 

@@ -8,7 +8,9 @@ done between documents, and a leak is impossible by construction. Without `docum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 DOCUMENT_ATTENTION = "plumbtune_documents"
+_as_on_gpu: ContextVar[bool] = ContextVar("as_on_gpu", default=False)
 
 
 def document_attention(
@@ -54,7 +57,7 @@ def document_attention(
     assert query.shape[0] == 1, "packed documents lie in one row"
     assert sum(lengths) == query.shape[2] == key.shape[2], "document_lengths do not fill the row"
     grouped, dtype = key.shape[1] != query.shape[1], query.dtype
-    if query.device.type == "cpu" and dtype != torch.float64:
+    if query.device.type == "cpu" and dtype != torch.float64 and not _as_on_gpu.get():
         # torch's CPU kernel is several times slower in bfloat16 than in float32 on short
         # documents (benchmarks/attention_cpu.py), and less exact.
         query, key, value = query.float(), key.float(), value.float()
@@ -80,6 +83,16 @@ def no_mask(device: torch.device) -> torch.Tensor:
     it. Without it transformers would derive a dense mask from the reset position ids.
     """
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+@contextlib.contextmanager
+def as_on_gpu(yes: bool) -> Iterator[None]:
+    """Tensors on the CPU stay in their own type, as a GPU's do: for counting memory."""
+    token = _as_on_gpu.set(yes)
+    try:
+        yield
+    finally:
+        _as_on_gpu.reset(token)
 
 
 def document_mask(lengths: Sequence[int], device: torch.device) -> torch.Tensor:

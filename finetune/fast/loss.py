@@ -8,6 +8,7 @@ each micro-batch by its own count is the gradient-accumulation bug.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,13 +134,18 @@ def has_soft_prompt(model: torch.nn.Module) -> bool:
 
 def documents_of(packed: Packed) -> list[Packed]:
     """Each document of a packed row as a row of its own."""
+    return cut(packed, len(packed.document_lengths))
+
+
+def cut(packed: Packed, num_pieces: int) -> list[Packed]:
+    """A packed row as rows of about as many documents each; none is cut itself."""
     lengths = packed.document_lengths
-    parts = [t.split(lengths, dim=1) for t in (packed.input_ids, packed.position_ids)]
-    labels = packed.labels.split(lengths, dim=1)
-    return [
-        Packed(ids, positions, row, [length])
-        for ids, positions, row, length in zip(*parts, labels, lengths, strict=True)
-    ]
+    edges = [n * len(lengths) // num_pieces for n in range(num_pieces + 1)]
+    groups = [lengths[a:b] for a, b in itertools.pairwise(edges) if a < b]
+    sizes = [sum(group) for group in groups]
+    rows = (packed.input_ids, packed.position_ids, packed.labels)
+    pieces = zip(*(row.split(sizes, dim=1) for row in rows), groups, strict=True)
+    return [Packed(*piece) for piece in pieces]
 
 
 def _behind_vectors(model: torch.nn.Module, document: Packed) -> torch.Tensor:

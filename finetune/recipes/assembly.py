@@ -18,6 +18,7 @@ from finetune.best import Rules
 from finetune.config import RunConfig
 from finetune.data import RunData
 from finetune.packing import BatchPlan
+from finetune.precision import uses_bf16_autocast
 from finetune.rank_schedule import RankSchedule
 from finetune.trainer import TrainerInputs
 
@@ -63,6 +64,7 @@ def trainer_inputs(parts: Parts) -> TrainerInputs:
         ranks=_rank_schedule(parts, plan),
         on_spike=config.train.on_spike,
         fast=config.fast,
+        shrinks=config.train.fit == "auto",
     )
 
 
@@ -82,19 +84,6 @@ def _rank_schedule(parts: Parts, plan: BatchPlan) -> RankSchedule | None:
         return None
     num_steps = steps_of(parts.config, parts.data, plan).total
     return RankSchedule(cast(PeftModel, parts.model), parts.config.adapter, num_steps)
-
-
-def uses_bf16_autocast(config: RunConfig) -> bool:
-    """Whether the forward pass is autocast: `auto` is yes where the device has bfloat16 units and
-    the base is not held in bfloat16 already.
-    """
-    if config.train.bf16 != "auto":
-        return config.train.bf16
-    if config.base.dtype != "float32":
-        return False
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
 
 
 def engine_arguments(parts: Parts) -> dict[str, Any]:
