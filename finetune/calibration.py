@@ -3,8 +3,8 @@
     step = micro-batches · (layers · layer + head) + update of the trained parameters
 
 A layer with its adapter runs forward and backward on random numbers exactly as in `train`, so that
-a model of any size is timed in the memory of one layer. Where its micro-batch is too large to run in
-seconds, fewer tokens are timed and the time grows with them.
+a model of any size is timed in the memory of one layer. Where its micro-batch is too large to run
+in seconds, fewer tokens are timed and the time grows with them.
 """
 
 from __future__ import annotations

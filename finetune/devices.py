@@ -50,7 +50,7 @@ DEVICES = {
         _cuda("b200", 178.0, 2250),
     )
 }
-"""By name. Memory is what the driver shows as total, a little less than what is printed on the box."""
+"""By name. Memory is the driver's total, a little less than what is printed on the box."""
 
 
 def this_machine() -> Device:

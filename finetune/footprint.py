@@ -62,7 +62,7 @@ def layer_footprint(
 
         def run() -> torch.Tensor:
             with products(config, device, "cpu"):
-                return layer(  # type: ignore[no-any-return]
+                return layer(
                     hidden,
                     attention_mask=no_mask(hidden.device),
                     position_embeddings=(angles, angles),
@@ -122,7 +122,7 @@ def build_layer(config: RunConfig, arch: Architecture) -> Any:
 
 
 def fill(layer: torch.nn.Module) -> None:
-    """Weights, fake or random as the mode around it has it, in the place of those without memory."""
+    """Weights, fake where the mode around it is, in the place of those without memory."""
     for module in layer.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

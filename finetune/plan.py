@@ -1,4 +1,4 @@
-"""`plan`: memory by part, time of a step, steps, disk and whether it fits, before anything is loaded.
+"""`plan`: memory by part, time, steps, disk and whether it fits, before anything is loaded.
 
 Weights, gradients and moments are arithmetic (`budget`); activations are counted by running a layer
 on tensors without memory (`footprint`); time is measured on a layer here (`calibration`) or follows
@@ -215,8 +215,8 @@ def _advice(plan: Plan) -> str:
     parts = plan.bytes_by_part
     if parts["activations"] > parts["base"]:
         return (
-            "train.activation_checkpointing=true, or fewer rows in train.per_device_train_batch_size"
-            " and more in train.gradient_accumulation_steps"
+            "train.activation_checkpointing=true, or fewer rows in "
+            "train.per_device_train_batch_size and more in train.gradient_accumulation_steps"
         )
     if plan.budget.trainable == plan.budget.parameters.total:
         return "train an adapter (adapter.method=lora), or shard (--devices N --sharding fsdp)"

@@ -1,9 +1,10 @@
 """The trainer's memory seam: a step that runs out of memory is done again in smaller pieces.
 
-With `train.fit: auto` the micro-batch is chosen from the plan; where the device holds less than that
-(another process, gaps in its memory), the step begins anew with every micro-batch cut in half, and
-the run keeps to the smaller pieces. The step's tokens and the division by them stay what they were:
-sums over pieces are sums over the whole, to rounding. It is said, and stands in metrics.jsonl.
+With `train.fit: auto` the micro-batch is chosen from the plan; where the device holds less than
+that (another process, gaps in its memory), the step begins anew with every micro-batch cut in half,
+and the run keeps to the smaller pieces. The step's tokens and the division by them stay what they
+were: sums over pieces are sums over the whole, to rounding. It is said, and stands in
+metrics.jsonl.
 """
 
 from __future__ import annotations

@@ -18,13 +18,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.budget import architecture_of_base
 from finetune.config import RunConfig
 from finetune.config.data import Source
 from finetune.config.loader import Loaded
 from finetune.files import find_files, read_rows
 from finetune.llama.architecture import HUB_IDS, Architecture, scaled_down
 from finetune.methods import why_not_merged
-from finetune.budget import architecture_of_base
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "llama-nano"
 NUM_STEPS = 2

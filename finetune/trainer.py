@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,12 @@ class TrainerInputs:
     lr_ratio: float | None = None
     ranks: RankSchedule | None = None
     on_spike: str = "record"
-    fast: FastSection = FastSection()
+    fast: FastSection = field(default_factory=FastSection)
     shrinks: bool = False
 
 
 class OurSeams(EvaluationSeam, MemorySeam):
-    """Data, loss, checkpoint, evaluation and memory seams; put before a TRL trainer in the bases."""
+    """Data, loss, checkpoint, evaluation and memory seams; before a TRL trainer in the bases."""
 
     ours: TrainerInputs
     optimizer: Any

@@ -115,9 +115,7 @@ def _of_rows(config: RunConfig, num_ranks: int) -> Workload:
     data = open_data(config, *read_tokenizer(config))
     plan = plan_batches(config, data, num_ranks)
     lengths, trained = data.train.lengths, data.train.num_trained
-    batches = [
-        batch for batch in plan.epoch(config.run.seed, 0, 0) if batch and batch[0] >= 0
-    ]
+    batches = [batch for batch in plan.epoch(config.run.seed, 0, 0) if batch and batch[0] >= 0]
     by_size = sorted(batches, key=lambda batch: int(lengths[batch].sum()))
     largest, usual = by_size[-1], by_size[len(by_size) // 2]
     steps = steps_of(config, data, plan)

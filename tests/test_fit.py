@@ -62,7 +62,10 @@ class TestChoice:
         rows = ["train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=2"]
         run = bench.train(AUTO, *rows)
         chosen = json.loads(run.fit_file.read_text())
-        assert (chosen["per_device_train_batch_size"], chosen["gradient_accumulation_steps"]) == (2, 1)
+        assert (chosen["per_device_train_batch_size"], chosen["gradient_accumulation_steps"]) == (
+            2,
+            1,
+        )
         config = bench.load(AUTO, *rows).config
         monkeypatch.setattr(fit, "this_machine", lambda: machine(1))  # would refuse
         again = fit.fitted(config, run.fit_file, 1, is_first=True)
@@ -83,7 +86,7 @@ def test_pieces_are_whole_documents_in_order(num_pieces):
     packed = pack(DOCUMENTS)
     pieces = cut(packed, num_pieces)
     assert len(pieces) == min(num_pieces, 3)
-    assert sum((p.document_lengths for p in pieces), []) == [3, 1, 4]
+    assert [length for p in pieces for length in p.document_lengths] == [3, 1, 4]
     for name in ("input_ids", "position_ids", "labels"):
         joined = torch.cat([getattr(p, name) for p in pieces], 1)
         assert torch.equal(joined, getattr(packed, name))

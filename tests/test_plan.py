@@ -8,10 +8,12 @@ import resource
 import pytest
 
 from finetune.__main__ import main
+from finetune.budget import budget_of
 from finetune.config.loader import load
+from finetune.devices import DEVICES, GIB, Device
 from finetune.errors import InputError
 from finetune.llama.architecture import PRESETS, to_llama_config
-from finetune.plan import GIB, plan_of
+from finetune.plan import Cluster, plan_of
 
 CONFIG = """\
 recipe: sft
@@ -25,7 +27,7 @@ def planned(tmp_path):
     def make(preset: str, *overrides: str):
         file = tmp_path / "plan.yaml"
         file.write_text(CONFIG.format(preset=preset))
-        return plan_of(load(file, overrides).config)
+        return budget_of(load(file, overrides).config)
 
     return make
 
@@ -62,9 +64,9 @@ def test_the_405b_model_is_planned_without_allocating_it(planned):
     plan = planned("llama3.1-405b", "base.quantization=nf4")
     assert plan.parameters.total == 405_853_388_800
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kilobytes
-    in_bfloat16 = planned("llama3.1-405b").bytes_by_part["base"]
+    in_bfloat16 = planned("llama3.1-405b").base
     assert in_bfloat16 == 2 * plan.parameters.total
-    assert 0.25 < plan.bytes_by_part["base"] / in_bfloat16 < 0.28
+    assert 0.25 < plan.base / in_bfloat16 < 0.28
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
@@ -77,7 +79,7 @@ def test_bytes_of_the_base_are_those_that_are_held(planned, small_base, quantiza
         f"recipe: sft\nbase: {{path: {small_base}, dtype: bfloat16, quantization: {quantization}}}"
         "\ndata: {train: rows.jsonl}\n"
     )
-    plan = plan_of(load(file).config)
+    plan = budget_of(load(file).config)
     section = BaseSection(path=str(small_base), dtype="bfloat16", quantization=quantization)
     import torch
 
@@ -87,44 +89,141 @@ def test_bytes_of_the_base_are_those_that_are_held(planned, small_base, quantiza
     model = read_weights(small_base, **settings)
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     if quantization == "none":
-        assert plan.bytes_by_part["base"] == held
+        assert plan.base == held
     else:  # scales are beside the parameters, or rounded up to whole blocks
-        assert 0.97 < plan.bytes_by_part["base"] / held < 1.05
+        assert 0.97 < plan.base / held < 1.05
 
 
 def test_full_weights(planned):
     plan = planned("llama3.2-1b", "adapter.method=none", "base.dtype=float32")
     assert plan.trainable == plan.parameters.total == 1_235_814_400
-    assert plan.bytes_by_part["optimizer"] == 8 * plan.trainable
-    assert plan.bytes_by_part["adapter"] == 0
+    assert plan.optimizer == 8 * plan.trainable
+    assert plan.adapter == 0
 
 
-def test_an_optimiser_whose_memory_is_not_known_is_said_to_be_so(planned):
-    plan = planned("llama3.2-1b", "train.optim=paged_adamw_8bit")
-    assert plan.bytes_by_part["optimizer"] is None
-    assert "optimizer unknown" in "\n".join(plan.lines())
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_8bit", "sgd"])
+def test_the_moments_are_those_that_an_optimiser_keeps(planned, optim):
+    import torch
+
+    if "8bit" in optim:
+        bitsandbytes = pytest.importorskip("bitsandbytes", reason="8-bit moments need bitsandbytes")
+    weight = torch.nn.Parameter(torch.zeros(256, 1024))
+    kinds = {
+        "adamw_torch_fused": lambda: torch.optim.AdamW([weight], fused=True),
+        "adamw_8bit": lambda: bitsandbytes.optim.AdamW8bit([weight]),
+        "sgd": lambda: torch.optim.SGD([weight], lr=0.1),
+    }
+    optimizer = kinds[optim]()
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    kept = [v for v in optimizer.state[weight].values() if torch.is_tensor(v) and v.numel() > 256]
+    held = sum(v.numel() * v.element_size() for v in kept)
+    plan = planned("llama3.2-1b", f"train.optim={optim}")
+    assert plan.optimizer / plan.trainable == pytest.approx(held / weight.numel(), abs=0.05)
 
 
 def test_the_verb_plans_every_shipped_config(capsys):
     for config, parameters in [("lora_8b", 8_030_261_248), ("qlora_8b", 8_030_261_248),
                                ("lora_1b", 1_235_814_400), ("lora_nano", 2_600_000)]:  # fmt: skip
-        assert main(["plan", f"configs/{config}.yaml", "--json"]) == 0
+        arguments = ["plan", f"configs/{config}.yaml", "--device", "h100"]
+        assert main([*arguments, "--json"]) == 0
         plan = json.loads(capsys.readouterr().out)
         assert plan["parameters"] == pytest.approx(parameters, rel=0.05)
-        assert plan["bytes"] == sum(size or 0 for size in plan["bytes_by_part"].values())
-    assert main(["plan", "configs/lora_8b.yaml"]) == 0
-    assert f"base {2 * 8_030_261_248 / GIB:.2f} GiB" in capsys.readouterr().out
+        assert plan["bytes"] == sum(plan["bytes_by_part"].values())
+        assert plan["fits"]
+        assert plan["seconds_per_step"] > 0
+    assert main(["plan", "configs/lora_8b.yaml", "--device", "rtx3090"]) == 0
+    shown = capsys.readouterr().out
+    assert f"base {2 * 8_030_261_248 / GIB:.2f}" in shown
+    assert "the rows are not here" in shown
+    assert main(["plan", "configs/lora_8b.yaml", "--device", "l4", "base.quantization=none",
+                 "train.activation_checkpointing=false", "data.max_length=8192"]) == 0  # fmt: skip
+    assert "does not fit; train.activation_checkpointing=true" in capsys.readouterr().out
 
 
 def test_a_meta_folder_is_planned_as_it_is(shared, tmp_path):
     file = tmp_path / "own.yaml"
     folder = shared("models/stories260K")
     file.write_text(f"recipe: sft\nbase: {{path: {folder}}}\ndata: {{train: rows.jsonl}}\n")
-    assert plan_of(load(file).config).parameters.total == 260_032
+    assert budget_of(load(file).config).parameters.total == 260_032
 
 
 def test_what_only_a_download_would_tell_is_refused(tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text("recipe: sft\nbase: {path: someone/else}\ndata: {train: rows.jsonl}\n")
     with pytest.raises(InputError, match="not known without a download"):
-        plan_of(load(file).config)
+        budget_of(load(file).config)
+
+
+def cluster(name: str = "h100", count: int = 1, sharding: str = "ddp") -> Cluster:
+    return Cluster(DEVICES[name], count, sharding)
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(preset: str, *overrides: str):
+        file = tmp_path / "plan.yaml"
+        file.write_text(CONFIG.format(preset=preset))
+        return load(file, overrides).config
+
+    return make
+
+
+def test_sharding_divides_what_is_held_and_gathers_a_layer(config):
+    alone = plan_of(config("llama3.1-70b"), cluster()).bytes_by_part
+    ddp = plan_of(config("llama3.1-70b"), cluster(count=8)).bytes_by_part
+    fsdp = plan_of(config("llama3.1-70b"), cluster(count=8, sharding="fsdp")).bytes_by_part
+    assert ddp == {**alone, "buckets": alone["gradients"]}
+    for part in ("base", "adapter", "gradients", "optimizer"):
+        assert fsdp[part] == alone[part] // 8
+    assert alone["base"] / 80 < fsdp["gathered"] < alone["base"] / 20
+    assert fsdp["activations"] == alone["activations"]
+
+
+def test_the_405b_model_has_activations_without_allocating_one(config):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plan = plan_of(config("llama3.1-405b", "data.max_length=4096"), cluster())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
+    assert plan.bytes_by_part["activations"] > 100 * GIB
+    assert plan.fits is False
+    recomputed = plan_of(
+        config("llama3.1-405b", "data.max_length=4096", "train.activation_checkpointing=true"),
+        cluster(),
+    )
+    assert recomputed.bytes_by_part["activations"] < plan.bytes_by_part["activations"] / 8
+    assert recomputed.flops > 1.3 * plan.flops
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "ia3", "oft", "none", "prompt_tuning"])
+def test_every_kind_of_method_is_planned(config, method):
+    packing = [] if method != "prompt_tuning" else ["data.packing=false"]
+    plan = plan_of(config("llama3.2-1b", f"adapter.method={method}", *packing), cluster())
+    assert plan.bytes_by_part["activations"] > 0
+
+
+def test_what_a_gpu_keeps_is_counted_in_its_types(config):
+    """On a CPU, attention copies to float32."""
+    overrides = ("base.dtype=bfloat16",)
+    gpu = plan_of(config("llama3.2-1b", *overrides), cluster()).bytes_by_part
+    cpu = Cluster(Device("cpu", "cpu", None, None))
+    found = plan_of(config("llama3.2-1b", *overrides), cpu, with_time=False)
+    assert 1.05 < found.bytes_by_part["activations"] / gpu["activations"] < 2
+    assert found.fits is None
+    assert found.seconds is None
+
+
+def test_rows_that_are_here_are_counted(bench):
+    plan = plan_of(bench.load().config, with_time=False)
+    assert plan.workload.steps is not None
+    assert plan.as_json()["rows_known"]
+    assert plan.as_json()["steps"] == 4
+    run = bench.train()
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    largest = max(line["tokens"] for line in lines if "tokens" in line)
+    assert sum(plan.workload.lengths) >= largest
+
+
+def test_a_layers_time_is_measured(bench):
+    plan = plan_of(bench.load().config)
+    assert 0 < plan.seconds < 5
+    assert plan.timing.startswith("measured here")

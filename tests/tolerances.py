@@ -105,14 +105,15 @@ measured 4.4e-7. A second BOS that is scored, in plain text: above 1e-2."""
 
 FAST_FLOAT64 = 1e-12
 """A fast part against its plain twin, both in float64: values and gradients, the norm of the
-difference, relative."""
+difference, relative; measured 2.6e-16."""
 
 FAST_FLOAT32 = 2e-6
-"""A fast part in float32 against its twin in float64, the same."""
+"""A fast part in float32 against its twin in float64, the same; measured 1.8e-7."""
 
 FAST_BFLOAT16 = 2e-2
-"""The same in bfloat16, whose mantissa has 8 bits."""
+"""The same in bfloat16, whose mantissa has 8 bits; measured 7.5e-3. Through all layers of a small
+Llama eight times that is allowed; measured 3.1e-2."""
 
 FAST_GRADIENT_FLOAT32 = 2e-5
-"""A whole Llama of small size with the fast parts against the libraries' layers, float32: losses and
-the gradient of any tensor."""
+"""A whole Llama of small size with the fast parts against the libraries' layers, float32: losses
+and the gradient of any tensor; measured 2.3e-6. A projection left out: above 0.1."""

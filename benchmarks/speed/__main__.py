@@ -2,8 +2,8 @@
 
 python -m benchmarks.speed --folder build/speed --json build/speed.json
 
-Each contender is a process of its own and runs alone. Timed are optimizer steps from end to end of one
-to the next; the first three of each process are left out. The matrix product of the machine is
+Each contender is a process of its own and runs alone. Timed are optimizer steps from end to end of
+one to the next; the first three of each process are left out. The matrix product of the machine is
 measured before every round. Both dtypes and both allocator settings are one run each; a contender's
 numbers are compared only within its run.
 """
@@ -57,7 +57,7 @@ CONTENDERS = {
     "trl packed": Contender("trl_trainer"),
     "trl padded": Contender("trl_trainer", ("--padded",)),
     **{f"ours without fast.{part}": Contender("ours", (f"fast.{part}=false",)) for part in _OFF},
-    "ours, nothing fast": Contender("ours", tuple(f"fast.{part}=false" for part in _OFF)),
+    "ours with nothing fast": Contender("ours", tuple(f"fast.{part}=false" for part in _OFF)),
 }
 
 
@@ -147,7 +147,12 @@ def _roofline(dtype: str, environment: dict[str, str]) -> float:
 def _run(command: Sequence[str], environment: dict[str, str], log: Path) -> None:
     with log.open("w", encoding="utf-8") as output:
         subprocess.run(
-            command, env=os.environ | environment, cwd=ROOT, check=True, stdout=output, stderr=output
+            command,
+            env=os.environ | environment,
+            cwd=ROOT,
+            check=True,
+            stdout=output,
+            stderr=output,
         )
 
 

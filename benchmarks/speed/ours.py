@@ -26,8 +26,6 @@ def main() -> int:
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", help="key=value for our config")
     args = parser.parse_args()
-    import finetune.recipes
-    import finetune.train
     from finetune.__main__ import main as run_verb
 
     name = args.result.stem

@@ -2,9 +2,9 @@
 
     useful FLOPs = tokens · (4 · weights of the blocks + 6 · adapter) + supervised · 4 · head
 
-A frozen weight is multiplied in the forward pass and for the gradient of its input (2 FLOPs each), an
-adapter's weight once more for its own. Attention scores, norms and the optimizer count nothing, and
-neither does padding, so that a share of 100 % cannot be reached.
+A frozen weight is multiplied in the forward pass and for the gradient of its input (2 FLOPs each),
+an adapter's weight once more for its own. Attention scores, norms and the optimizer count nothing,
+and neither does padding, so that a share of 100 % cannot be reached.
 """
 
 from __future__ import annotations

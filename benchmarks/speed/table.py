@@ -37,7 +37,9 @@ def _counts(run: dict[str, Any], name: str, key: str) -> list[float]:
 
 def _best_seconds(run: dict[str, Any], name: str) -> list[float]:
     """Of each step the faster of its rounds, which had the same rows."""
-    return [min(seconds) for seconds in zip(*(n["seconds"] for n in run["notes"][name]), strict=True)]
+    return [
+        min(seconds) for seconds in zip(*(n["seconds"] for n in run["notes"][name]), strict=True)
+    ]
 
 
 def _rate(run: dict[str, Any], name: str, warm: int) -> float:
@@ -50,9 +52,7 @@ def _row(
 ) -> list[str]:
     notes = run["notes"][name]
     all_seconds = [s for n in notes for s in n["seconds"][warm:]]
-    supervised = sum(_counts(run, name, "supervised")[warm:]) / sum(
-        _best_seconds(run, name)[warm:]
-    )
+    supervised = sum(_counts(run, name, "supervised")[warm:]) / sum(_best_seconds(run, name)[warm:])
     flops = _flops(run, name, warm) / sum(_best_seconds(run, name)[warm:]) / 1e9
     memory = statistics.median(
         n["memory_mib"]["peak"] - n["memory_mib"]["after_imports"] for n in notes
@@ -82,7 +82,7 @@ def _flops(run: dict[str, Any], name: str, warm: int) -> float:
 def _loss_difference(run: dict[str, Any], name: str) -> str:
     """From TRL's losses on the same packs, relative, the largest of all steps."""
     notes, reference = run["notes"][name][0], run["notes"].get("trl packed")
-    if reference is None or name == "trl packed" or "tokens" in notes and "padded" in name:
+    if reference is None or name == "trl packed" or ("tokens" in notes and "padded" in name):
         return ""
     pairs = zip(notes["losses"], reference[0]["losses"], strict=True)
     return f"{max(abs(a - b) / b for a, b in pairs):.1e}"

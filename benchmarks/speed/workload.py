@@ -1,5 +1,5 @@
-"""The workload every contender gets: a random base, real rows as our own data path renders them, and
-the packs of each step in order.
+"""The workload every contender gets: a random base, real rows as our own data path renders them,
+and the packs of each step in order.
 
 FOLDER/base-float32, base-bfloat16   Hugging Face folders with one tokenizer
 FOLDER/rows.jsonl                    messages

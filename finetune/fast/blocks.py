@@ -1,8 +1,8 @@
 """A Llama's layers with the fast parts put in: the same parameters under the same names.
 
-Only `forward` of attention, MLP and norms is replaced, on the instances of one model, and only while
-gradients are recorded: evaluation, generation and every other loader run the libraries' own code.
-A projection that `lora.projections_of` does not know as plain LoRA runs it in training too.
+Only `forward` of attention, MLP and norms is replaced, on the instances of one model, and only
+while gradients are recorded: evaluation, generation and every other loader run the libraries' own
+code. A projection that `lora.projections_of` does not know as plain LoRA runs it in training too.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from finetune.fast.lora import type_of_products
 
-NUM_LOGITS = 1 << 23  # at once in training: 32 MiB in float32
+NUM_LOGITS = 1 << 24  # at once: 64 MiB in float32
 
 
 # Of the head, its own forward, and hidden states (1, tokens, width): (1, tokens, …).
@@ -48,9 +48,7 @@ def answering_head(
             del head.forward
 
 
-def head_losses(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
+def head_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """-log p of each target under softmax(hidden · weight').
 
         loss_t = log Σ_v exp(z_tv) - z_t,x(t)        dh_t = g_t (softmax(z_t) - e_x(t)) W
@@ -71,9 +69,10 @@ def head_losses(
     return result
 
 
-def block_of(vocab_size: int) -> int:
-    """Tokens whose logits are held at once."""
-    return max(NUM_LOGITS // vocab_size, 1)
+def block_of(num_tokens: int, vocab_size: int) -> int:
+    """Tokens whose logits are held at once; blocks are of one size, as far as that goes."""
+    most = max(NUM_LOGITS // vocab_size, 1)
+    return -(-num_tokens // max(-(-num_tokens // most), 1)) or 1
 
 
 class _HeadLosses(torch.autograd.Function):
@@ -85,7 +84,7 @@ class _HeadLosses(torch.autograd.Function):
         targets: torch.Tensor,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        size = block_of(len(weight))
+        size = block_of(len(targets), len(weight))
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -108,7 +107,7 @@ class _HeadLosses(torch.autograd.Function):
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads, *kept = ctx.saved_tensors
         dhidden = None if grads is None else (grads * dloss.unsqueeze(1)).to(grads.dtype)
-        dweight = _weight_gradient(ctx.dtype, *kept, dloss) if ctx.needs_weight else None
+        dweight = _weight_gradient(ctx.dtype, dloss, *kept) if ctx.needs_weight else None
         return dhidden, dweight, None, None
 
 
@@ -118,24 +117,21 @@ def _errors(
     """softmax(z) - e_x of a block, in float32 or float64; writes the block's losses."""
     logits = torch.mm(hidden, weight.t()).to(losses.dtype)
     index = targets.unsqueeze(1)
-    chosen = logits.gather(1, index)
-    largest = logits.amax(1, keepdim=True)
-    logits.sub_(largest).exp_()
-    total = logits.sum(1, keepdim=True)
-    torch.sub(total.log() + largest, chosen, out=losses.unsqueeze(1))
-    logits.div_(total)
-    return logits.scatter_add_(1, index, torch.full_like(chosen, -1))
+    torch.log_softmax(logits, 1, out=logits)
+    torch.neg(logits.gather(1, index), out=losses.unsqueeze(1))
+    logits.exp_()
+    return logits.scatter_add_(1, index, torch.full_like(logits[:, :1], -1))
 
 
 def _weight_gradient(
     dtype: torch.dtype,
+    dloss: torch.Tensor,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
-    dloss: torch.Tensor,
 ) -> torch.Tensor:
     """Σ_t g_t (softmax(z_t) - e_x(t))' h_t, in the weight's type, summed in float32."""
-    size, scratch = block_of(len(weight)), torch.empty_like(dloss)
+    size, scratch = block_of(len(targets), len(weight)), torch.empty_like(dloss)
     gradient = torch.zeros(weight.shape, dtype=dloss.dtype, device=weight.device)
     with torch.autocast(weight.device.type, enabled=False):
         cast, narrow = weight.to(dtype), hidden.to(dtype)

@@ -3,10 +3,10 @@
     y_i = x W_i' + s_i (x A_i') B_i'          for the projections i that read the same x
 
 PEFT runs this as five operations a projection, keeps the activations of each, and computes the
-adapter in float32 beside a bfloat16 base, with a copy of x in each type. Here x is read once for all
-A_i, B_i is added by the matrix product itself, the gradients of x are summed by the products too, and
-only x and x A' are kept. Products are in the type of the base (or of autocast); A and B stay
-float32, and so do their gradients.
+adapter in float32 beside a bfloat16 base, with a copy of x in each type. Here x is read once for
+all A_i, B_i is added by the matrix product itself, the gradients of x are summed by the products
+too, and only x and x A' are kept. Products are in the type of the base (or of autocast); A and B
+stay float32, and so do their gradients.
 
 Source: LoRA (arXiv 2106.09685), equation 3; the gradients are its chain rule.
 """
@@ -51,11 +51,13 @@ def projections_of(layers: Sequence[torch.nn.Module]) -> list[Projection] | None
     return None if None in found else [p for p in found if p is not None]
 
 
-def _projection_of(layer: torch.nn.Module) -> Projection | None:
-    if type(layer) is not Linear or layer.disable_adapters or layer.merged:
+def _projection_of(layer: Any) -> Projection | None:
+    kind: type = type(layer)
+    if kind is not Linear or layer.disable_adapters or layer.merged:
         return None
     base, active = layer.base_layer, layer.active_adapters
-    if type(base) is not torch.nn.Linear or base.bias is not None or base.weight.requires_grad:
+    plain = type(base) is torch.nn.Linear
+    if not plain or base.bias is not None or base.weight.requires_grad:
         return None
     if len(active) != 1 or active[0] not in layer.lora_A or active[0] in layer.lora_variant:
         return None
@@ -136,7 +138,8 @@ class _Projections(torch.autograd.Function):
             dhidden = [torch.mm(dy, up) for dy, up in zip(dys, ups, strict=True)]
             ddowns = _down_gradients(flat, inputs, dhidden, [down for _, down, _ in triples])
             downs = [down.to(dtype) for _, down, _ in triples]
-            dx, ddropped = None, [None] * n
+            dx: torch.Tensor | None = None
+            ddropped: list[torch.Tensor | None] = [None] * n
             if ctx.needs_input_grad[0]:
                 dx = torch.mm(dys[0], triples[0][0].to(dtype))
                 for dy, (weight, _, _) in zip(dys[1:], triples[1:], strict=True):

@@ -89,8 +89,9 @@ def token_losses(
 def _losses(model: torch.nn.Module, packed: Packed, in_blocks: bool, dense: bool) -> torch.Tensor:
     _, targets = supervised(packed.labels)
 
-    def answer(head: torch.nn.Module, logits_of: Any, hidden: torch.Tensor) -> torch.Tensor:
-        if in_blocks and type(head) is torch.nn.Linear and head.bias is None:
+    def answer(head: Any, logits_of: Any, hidden: torch.Tensor) -> torch.Tensor:
+        kind: type = type(head)
+        if in_blocks and kind is torch.nn.Linear and head.bias is None:
             return head_losses(hidden[0], head.weight, targets).unsqueeze(0)
         return plain_losses(logits_of(hidden)[0], targets).unsqueeze(0)
 
@@ -103,9 +104,7 @@ def rows_for(model: torch.nn.Module, packed: Packed) -> list[Packed]:
     return documents_of(packed) if has_soft_prompt(model) else [packed]
 
 
-def supervised_logits(
-    model: torch.nn.Module, packed: Packed, dense: bool = False
-) -> torch.Tensor:
+def supervised_logits(model: torch.nn.Module, packed: Packed, dense: bool = False) -> torch.Tensor:
     """(supervised, vocab): what the model says before each supervised token of a packed row.
 
     Args:

@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 
-from finetune.fast.head import Answer, answering_head, plain_losses
+from finetune.fast.head import Answer, answering_head, block_of, plain_losses
 from finetune.fast.loss import Packed, rows_for, supervised, supervised_logits
-
-NUM_LOGITS = 1 << 25  # at once: 128 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -40,19 +38,20 @@ def token_scores(model: torch.nn.Module, packed: Packed) -> TokenScores:
         model: a causal Llama that uses `document_attention`, possibly wrapped (PEFT, DDP).
     """
     bare: Any = getattr(model, "module", model)
-    size = max(NUM_LOGITS // bare.config.vocab_size, 1)
+    vocab_size = bare.config.vocab_size
     found = []
     for row in rows_for(model, packed):
-        with answering_head(model, _scores_of(supervised(row.labels)[1], size)):
+        with answering_head(model, _scores_of(supervised(row.labels)[1], vocab_size)):
             found.append(supervised_logits(model, row).cpu().double())
     scores = torch.cat(found)
     return TokenScores(scores[:, 0], scores[:, 1].bool())
 
 
-def _scores_of(targets: torch.Tensor, size: int) -> Answer:
+def _scores_of(targets: torch.Tensor, vocab_size: int) -> Answer:
     """(1, supervised, 2) in place of logits: loss and hit."""
 
     def answer(head: Any, logits_of: Any, hidden: torch.Tensor) -> torch.Tensor:
+        size = block_of(len(targets), vocab_size)
         blocks = zip(hidden[0].split(size), targets.split(size), strict=True)
         return torch.cat([_scored(logits_of(states), ids) for states, ids in blocks]).unsqueeze(0)
 

@@ -28,9 +28,9 @@ def test_every_optimiser_is_known():
     assert set(choices_of("optim")) <= {str(name.value) for name in OptimizerNames}
 
 
-# transformers has nothing like on_spike; early stopping is a callback's.
+# transformers has nothing like on_spike and fit; early stopping is a callback's.
 OF_CALLBACKS = {"early_stopping_patience", "early_stopping_threshold"}
-OURS = {"on_spike"} | OF_CALLBACKS
+OURS = {"on_spike", "fit"} | OF_CALLBACKS
 
 
 def test_every_setting_is_one_of_training_arguments():

@@ -37,9 +37,7 @@ def with_adapter(model, **settings):
 def losses_and_gradients(model, parts, documents=DOCUMENTS):
     """One micro-batch; gradients are added to what is there."""
     torch.manual_seed(1)
-    losses = token_losses(
-        model, pack(documents), in_blocks=parts.loss, dense=not parts.attention
-    )
+    losses = token_losses(model, pack(documents), in_blocks=parts.loss, dense=not parts.attention)
     losses.sum().backward()
     named = model.named_parameters()
     return losses.detach(), {n: p.grad.clone() for n, p in named if p.grad is not None}
@@ -55,7 +53,9 @@ def distance(one, other) -> float:
 def both(model, parts, documents=DOCUMENTS):
     plain = copy.deepcopy(model)
     speed_up(model, parts)
-    return losses_and_gradients(model, parts, documents), losses_and_gradients(plain, OFF, documents)
+    return losses_and_gradients(model, parts, documents), losses_and_gradients(
+        plain, OFF, documents
+    )
 
 
 SWITCHES = [

@@ -135,7 +135,9 @@ def test_an_input_that_needs_no_gradient_gets_none():
 )
 def test_what_is_not_plain_lora_is_left_to_peft(change):
     model = change()
-    layers = [getattr(model, name) for name in NAMES] if isinstance(model, Three) else layers_of(model)
+    layers = (
+        [getattr(model, name) for name in NAMES] if isinstance(model, Three) else layers_of(model)
+    )
     assert projections_of(layers) is None
     assert projections_of(layers_of(adapted())) is not None
 

@@ -140,16 +140,18 @@ def test_the_head_runs_on_supervised_places_only(tiny_llama):
     assert seen == [(1, len(TARGETS))]
 
 
-def test_losses_of_a_bfloat16_model_are_computed_in_float32(tiny_llama):
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_losses_of_a_bfloat16_model_are_computed_in_float32(tiny_llama, in_blocks):
     model = copy.deepcopy(tiny_llama()).bfloat16()
     packed = pack(DOCUMENTS)
-    logits = []
-    model.lm_head.register_forward_hook(lambda _, args, out: logits.append(out.detach()))
-    losses = token_losses(model, packed)
+    hidden = []
+    model.lm_head.register_forward_hook(lambda _, args, out: hidden.append(args[0][0].detach()))
+    losses = token_losses(model, packed, in_blocks=in_blocks)
     assert losses.dtype == torch.float32
-    assert logits[0].dtype == torch.bfloat16
+    logits = hidden[0] @ model.lm_head.weight.detach().t()
+    assert logits.dtype == torch.bfloat16
     _, targets = supervised(packed.labels)
-    exact = -logits[0][0].double().log_softmax(-1)[range(len(targets)), targets]
+    exact = -logits.double().log_softmax(-1)[range(len(targets)), targets]
     assert relative(losses.detach(), exact) < LOSS_FLOAT32
 
 

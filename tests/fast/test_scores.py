@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tolerances import LOSS_FLOAT32
 
-from finetune.fast import scores
+from finetune.fast import head
+from finetune.fast import scores as scores_module
 from finetune.fast.loss import pack, token_losses
 from finetune.fast.scores import token_scores
 
@@ -50,7 +51,7 @@ def test_losses_are_those_of_the_head_as_a_whole(tiny_llama, preset, adapt):
 @pytest.mark.parametrize("num_logits", [1, 1024, 3 * 1024, 1 << 25])
 def test_the_size_of_a_block_changes_nothing(tiny_llama, monkeypatch, num_logits):
     whole = scored(tiny_llama())
-    monkeypatch.setattr(scores, "NUM_LOGITS", num_logits)
+    monkeypatch.setattr(head, "NUM_LOGITS", num_logits)
     found = scored(tiny_llama())
     assert (found.losses - whole.losses).abs().max() <= LOSS_FLOAT32 * whole.losses.max()
     assert torch.equal(found.right, whole.right)
@@ -66,7 +67,7 @@ def test_no_more_logits_are_held_than_a_block_has(tiny_llama, monkeypatch):
         return plain(hidden)
 
     model.lm_head.forward = watched
-    monkeypatch.setattr(scores, "NUM_LOGITS", 2 * 1024)
+    monkeypatch.setattr(head, "NUM_LOGITS", 2 * 1024)
     found = scored(model)
     assert max(sizes) == 2 and sum(sizes) == len(found.losses) == 6
     assert model.lm_head.forward is watched
@@ -96,7 +97,7 @@ def test_behind_a_soft_prompt(tiny_llama):
 
 def test_the_head_comes_back_after_an_error(tiny_llama, monkeypatch):
     model = copy.deepcopy(tiny_llama())
-    monkeypatch.setattr(scores, "_scored", lambda *_: 1 / 0)
+    monkeypatch.setattr(scores_module, "_scored", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         scored(model)
     assert "forward" not in vars(model.lm_head)

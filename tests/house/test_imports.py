@@ -22,12 +22,13 @@ LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
     " pages llama.presets ngrams mojibake hashing copies comparison scorers collectives trackers"
-    " sharing",
+    " sharing devices",
     "config overlap cache adapter_settings state_files",
     "best",
     "methods identity starts layer_merge rank_schedule drift watchdog",
-    "llama fast run_folder ledger suspicion hub",
-    "data_starts revisions",
+    "llama fast run_folder ledger suspicion hub precision",
+    "budget footprint",
+    "data_starts revisions calibration",
     "adapters",
     "files",
     "shapes",
@@ -36,11 +37,11 @@ LINES = (
     "row_work",
     "preparation",
     "data_cache",
-    "data model plan packing",
+    "data model packing",
     "batching tokens excerpts skeleton sliding tasks",
-    "summary merging proof_layers proof_weights",
-    "checkpoint heldout preview inspection proof_combined",
-    "evaluation inference witness",
+    "summary merging proof_layers proof_weights workload",
+    "checkpoint heldout preview inspection proof_combined plan shrinking",
+    "evaluation inference witness fit",
     "trainer answers",
     "recipes monitor proof exports scoring reports",
     "stages resume",
@@ -56,7 +57,19 @@ LEVELS = {name: level for level, line in enumerate(LINES) for name in line.split
 ALLOWED_UPWARDS = {("train", "smoke")}
 
 LIGHT = {"errors", "artifact", "cache", "config", "run_folder", "files", "shapes", "ledger"}
-LIGHT |= {"plan", "ngrams", "overlap", "suspicion", "mojibake", "prepared", "mixture", "report"}
+LIGHT |= {
+    "plan",
+    "budget",
+    "devices",
+    "workload",
+    "ngrams",
+    "overlap",
+    "suspicion",
+    "mojibake",
+    "prepared",
+    "mixture",
+    "report",
+}
 LIGHT |= {"pages", "methods", "drift", "comparison", "scorers", "best", "trackers", "sharing"}
 LIGHT |= {"reports"}
 WITHOUT_TORCH = sorted(LIGHT | {name for name in LEVELS if name.startswith("llama.")})
