@@ -18,7 +18,7 @@ DEMO := configs/lora_nano.yaml
 DEMO_RUN := runs/lora_nano
 NANO := assets/llama-nano
 
-.PHONY: help setup setup-lm-eval demo train eval merge report compare faults test test-slow check sbom format clean
+.PHONY: help setup setup-lm-eval demo train eval merge report compare bench bench-peers faults test test-slow check sbom format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,14 @@ report: $(STAMP)  ## [RUN=folder] one HTML page: verdict, curves, comparison, sa
 compare: $(STAMP)  ## every method on the embedded base, with a table and a plot: 2 hours, resumable
 	$(PY) -m benchmarks.compare_methods --folder runs/compare --json runs/compare/result.json \
 		--plot runs/compare/result.svg $(ARGS)
+
+bench: $(STAMP)  ## speed and memory beside TRL, interleaved; ARGS="--torchtune PYTHON --rounds 3"
+	$(PY) -m benchmarks.speed --folder build/speed --json build/speed.json $(ARGS)
+
+bench-peers: $(STAMP)  ## build/peers/torchtune, for make bench ARGS="--torchtune build/peers/torchtune/bin/python"
+	$(PYTHON) -m venv build/peers/torchtune
+	build/peers/torchtune/bin/pip install $(PIP_ARGS) "$$(grep -m1 '^torch==' constraints.txt)"
+	build/peers/torchtune/bin/pip install $(PIP_ARGS) torchtune==0.6.1 torchao==0.9.0
 
 faults: $(STAMP)  ## kills, full disks, power cuts and damage at every point of a run: an hour, in parts with --only
 	$(PY) -m benchmarks.faults --folder build/faults --json build/faults.json $(ARGS)

@@ -44,18 +44,17 @@ class Contender:
     Attributes:
         module: of `benchmarks.speed`.
         arguments: beyond those that all have.
-        python: its interpreter, where it has an environment of its own.
     """
 
     module: str
     arguments: tuple[str, ...] = ()
-    python: str = sys.executable
 
 
 CONTENDERS = {
     "ours": Contender("ours"),
     "trl packed": Contender("trl_trainer"),
     "trl padded": Contender("trl_trainer", ("--padded",)),
+    "torchtune packed": Contender("torchtune_trainer"),
     **{f"ours without fast.{part}": Contender("ours", (f"fast.{part}=false",)) for part in _OFF},
     "ours with nothing fast": Contender("ours", tuple(f"fast.{part}=false" for part in _OFF)),
 }
@@ -72,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--allocator", nargs="*", choices=ALLOCATORS, default=list(ALLOCATORS))
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--torchtune", help="the interpreter of an environment that has it")
     args = parser.parse_args(argv)
+    if args.torchtune is None:
+        args.only = [name for name in args.only if "torchtune" not in name]
     folder = args.folder.resolve()
     make(folder, SIZES[args.size])
     runs = []
@@ -104,7 +106,8 @@ def _interleaved(
         for name in args.only:
             contender = CONTENDERS[name]
             result = folder / f"{name.replace(' ', '-')}.json"
-            command = [contender.python, "-m", f"benchmarks.speed.{contender.module}"]
+            own = args.torchtune if "torchtune" in name else sys.executable
+            command = [own, "-m", f"benchmarks.speed.{contender.module}"]
             command += ["--folder", str(folder), "--dtype", dtype, "--steps", str(args.steps)]
             command += ["--result", str(result)]
             command += ["--size", args.size] if contender.module == "ours" else []

@@ -1,0 +1,83 @@
+"""The speed benchmark at a tiny size: the same packs, the same losses, a table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.speed import table
+from benchmarks.speed.__main__ import main
+from benchmarks.speed.roofline import measured, useful_flops
+from finetune.llama.architecture import PRESETS
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory, shared_module):
+    folder = tmp_path_factory.mktemp("speed")
+    options = ["--folder", str(folder), "--json", str(folder / "result.json"), "--size", "tiny"]
+    options += ["--rounds", "1", "--steps", "5", "--dtype", "float32", "--allocator", "glibc"]
+    names = ["ours", "trl packed", "trl padded", "ours with nothing fast"]
+    assert main([*options, "--only", *names]) == 0
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def shared_module():
+    from benchmarks.speed.workload import SHARED
+
+    if not (SHARED / "data" / "alpaca_en_demo.json").exists():
+        pytest.skip("the rows lie beside the clone")
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+class TestTiny:
+    def test_every_contender_has_the_losses_of_trl(self, result):
+        notes = result["runs"][0]["notes"]
+        reference = notes["trl packed"][0]["losses"]
+        assert len(reference) == 5
+        for name in ("ours", "ours with nothing fast"):
+            for found, expected in zip(notes[name][0]["losses"], reference, strict=True):
+                assert abs(found / expected - 1) < 1e-4
+
+    def test_tokens_are_counted_alike(self, result):
+        run = result["runs"][0]
+        seen = run["notes"]["trl packed"][0]
+        assert seen["tokens"] == [step["tokens"] for step in run["useful_flops"]]
+        assert seen["supervised"] == [step["supervised"] for step in run["useful_flops"]]
+        assert seen["tokens"] != run["notes"]["trl padded"][0]["tokens"]
+
+    def test_the_table_names_every_contender(self, result):
+        shown = table.lines(result["runs"][0], 3)
+        assert all(f"| {name} |" in shown for name in result["runs"][0]["notes"])
+
+
+def run_of(seconds: list[list[float]]) -> dict:
+    """Two contenders, two rounds, four steps of 100 tokens."""
+    steps = [{"tokens": 100, "supervised": 50, "flops": 1e9}] * 4
+    note = {"memory_mib": {"peak": 700, "after_imports": 500}, "losses": [1.0] * 4}
+    ours = [{**note, "seconds": s} for s in seconds]
+    trl = [{**note, "seconds": [9, 2, 2, 2], "losses": [1.0, 1.0, 1.0, 1.001]}] * 2
+    notes = {"ours": ours, "trl packed": trl}
+    run = {"dtype": "float32", "allocator": "glibc", "gflops": [10.0, 30.0, 20.0]}
+    return {**run, "useful_flops": steps, "notes": notes}
+
+
+def test_a_step_counts_with_its_better_round_and_the_first_ones_not_at_all():
+    shown = table.lines(run_of([[9, 1, 1, 3], [9, 3, 3, 1]]), 1)
+    ours = next(line for line in shown.split("\n") if line.startswith("| ours |"))
+    cells = [cell.strip() for cell in ours.strip("|").split("|")]
+    assert cells[1:] == [
+        *("2.000", "1.00–3.00", "100", "50", "2.00", "5 %", "200", "1.0e-03"),
+    ]
+
+
+def test_useful_flops_are_four_a_frozen_weight_and_six_a_trained_one():
+    counts = PRESETS["llama3.2-1b"].num_parameters()
+    found = useful_flops(counts, 10, tokens=3, supervised=2)
+    assert found == 3 * (4 * (counts.attention + counts.mlp) + 60) + 8 * counts.embedding
+
+
+def test_a_matrix_product_has_a_rate():
+    assert measured("float32", seconds=0.1) > 0.1
