@@ -1,0 +1,132 @@
+"""What `plan` says beside what a run takes: peak memory and time of a step.
+
+python -m benchmarks.plan_check --folder build/speed --json <result>.json
+
+Each config is planned and trained in a process of its own, alone on the machine. Memory is the
+kernel's high-water mark of the process; time is the median step after the first three. The limits
+are 10 % and 20 %; the exit code is 1 where one is passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.peaks import run_measured
+from benchmarks.speed.workload import ROOT, SIZES, config_of, make
+
+MEMORY_LIMIT, TIME_LIMIT = 0.10, 0.20
+NUM_STEPS, WARM = 10, 3
+CASES: dict[str, tuple[str, ...]] = {
+    "lora, 2 packs": (),
+    "lora, 8 packs": ("train.per_device_train_batch_size=8",),
+    "lora, 8 packs, recomputed": (
+        "train.per_device_train_batch_size=8",
+        "train.activation_checkpointing=true",
+    ),
+    "lora on q and v, r 64": (
+        "adapter.target_modules=[q_proj, v_proj]",
+        "adapter.r=64",
+        "adapter.lora_alpha=128",
+    ),
+    "dora, 2 packs": ("adapter.method=dora",),
+    "all weights, 2 packs": ("adapter.method=none",),
+    "lora, rows alone": ("data.packing=false", "train.per_device_train_batch_size=8"),
+    "lora with nothing fast": tuple(
+        f"fast.{part}=false" for part in ("attention", "lora", "pointwise", "loss")
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Every case, planned and trained."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="of the speed benchmark; kept")
+    parser.add_argument("--json", type=Path, help="where to keep the result")
+    parser.add_argument("--size", choices=SIZES, default="58m")
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    args = parser.parse_args(argv)
+    folder = args.folder.resolve()
+    make(folder, SIZES[args.size])
+    cases = {}
+    for name in args.only:
+        cases[name] = _checked(folder, args.size, name)
+        print(f"{name}: {cases[name]}", flush=True)
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    if args.json:
+        result = {"date": date, "size": args.size, "cases": cases}
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return int(not all(is_good(case) for case in cases.values()))
+
+
+def is_good(case: dict[str, float]) -> bool:
+    """Whether both are within their limits."""
+    return (
+        abs(case["planned_mib"] / case["peak_mib"] - 1) <= MEMORY_LIMIT
+        and abs(case["planned_seconds"] / case["seconds"] - 1) <= TIME_LIMIT
+        and case["planned_trained"] == case["trained"]
+    )
+
+
+def _checked(folder: Path, size: str, name: str) -> dict[str, Any]:
+    run_name = re.sub(r"\W+", "-", name)
+    file = folder / f"plan-{run_name}.yaml"
+    values = config_of(folder, SIZES[size], "float32", run_name, max_steps=NUM_STEPS)
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    if "adapter.method=none" in CASES[name]:
+        values["adapter"] = {"method": "none"}
+        file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    shutil.rmtree(folder / "runs" / run_name, ignore_errors=True)
+    command = [sys.executable, "-m", "finetune"]
+    overrides = [o for o in CASES[name] if o != "adapter.method=none"]
+    answer = subprocess.run(
+        [*command, "plan", str(file), "--json", *overrides],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    plan = json.loads(answer.stdout)
+    measured = run_measured([*command, "train", str(file), *overrides], ROOT, lambda: "train")
+    lines = (folder / "runs" / run_name / "metrics.jsonl").read_text(encoding="utf-8")
+    steps = [line["seconds"] for line in map(json.loads, lines.splitlines()) if "grad_norm" in line]
+    return {
+        "planned_mib": round(plan["bytes"] / 2**20),
+        "peak_mib": round(measured.peak_gib * 1024),
+        "planned_seconds": round(plan["seconds_per_step"], 3),
+        "seconds": round(statistics.median(steps[WARM:]), 3),
+        "planned_trained": plan["trainable"],
+        "trained": _num_trained(folder / "runs" / run_name),
+        "parts_mib": {k: round(v / 2**20) for k, v in plan["bytes_by_part"].items()},
+    }
+
+
+def _num_trained(run: Path) -> int:
+    """Numbers in the file of the adapter, or of the whole model."""
+    from safetensors import safe_open
+
+    whole = (run / "model").is_dir()
+    paths = (run / ("model" if whole else "adapter")).glob("*.safetensors")
+    total = 0
+    for path in paths:
+        with safe_open(str(path), framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                count = 1
+                for length in file.get_slice(name).get_shape():
+                    count *= length
+                total += count
+    return total
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
