@@ -52,6 +52,7 @@ class Contender:
 
 CONTENDERS = {
     "ours": Contender("ours"),
+    "ours in nf4": Contender("ours", ("base.quantization=nf4",)),
     "trl packed": Contender("trl_trainer"),
     "trl padded": Contender("trl_trainer", ("--padded",)),
     "torchtune packed": Contender("torchtune_trainer"),
@@ -70,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=11, help="of each process")
     parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--allocator", nargs="*", choices=ALLOCATORS, default=list(ALLOCATORS))
-    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    usual = [name for name in CONTENDERS if "nf4" not in name]
+    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=usual)
     parser.add_argument("--torchtune", help="the interpreter of an environment that has it")
     args = parser.parse_args(argv)
     if args.torchtune is None:
@@ -127,7 +129,7 @@ def _useful(folder: Path, args: argparse.Namespace) -> list[dict[str, float]]:
 
     size = SIZES[args.size]
     arch = architecture_of(size.architecture)
-    config = RunConfig.model_validate(config_of(folder, size, "float32", "count"))
+    config = RunConfig.model_validate(config_of(folder, size, "bfloat16", "count"))
     num_adapter = num_adapter_parameters(arch, config)
     found = []
     for packs in json.loads((folder / "steps.json").read_text(encoding="utf-8"))[: args.steps]:

@@ -1,5 +1,7 @@
 """What a contender's process notes of itself: the end of each optimizer step, and its memory.
 
+On a GPU the memory is what torch's allocator gave out at most, else the process's resident size.
+
 Every contender uses this one file, in its own environment; it needs torch and nothing else.
 """
 
@@ -36,6 +38,10 @@ class Recorder:
         register_optimizer_step_post_hook(self._note)
 
     def _note(self, *_: Any) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self._ends.append(time.perf_counter())
 
     def write(self, **facts: Any) -> None:
@@ -44,7 +50,11 @@ class Recorder:
         Args:
             facts: losses, tokens and whatever else the contender knows.
         """
+        import torch
+
         seconds = [b - a for a, b in zip(self._ends, self._ends[1:], strict=False)]
         memory = {"after_imports": self._after_imports, "peak": memory_mib("VmHWM")}
+        if torch.cuda.is_available():
+            memory = {"after_imports": 0.0, "peak": torch.cuda.max_memory_allocated() / 2**20}
         notes = {"seconds": seconds, "memory_mib": memory, **facts}
         self._result.write_text(json.dumps(notes), encoding="utf-8")

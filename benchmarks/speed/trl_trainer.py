@@ -43,7 +43,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as output:
         config = SFTConfig(
             output_dir=output,
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
             bf16=False,
             gradient_checkpointing=False,
             max_length=None,

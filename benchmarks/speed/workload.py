@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,15 @@ class Size:
     """A base and how it is trained.
 
     Attributes:
-        architecture: the config's `base.architecture`.
+        architecture: the config's `base.architecture`; a preset's name has its published size, is
+            written piece by piece in bfloat16, and has a synthetic tokenizer.
         max_length: tokens of a pack.
         packs: in a step.
         num_rows: of the data file.
         r: rank of the adapter, on all seven projections; alpha is twice that.
     """
 
-    architecture: dict[str, Any]
+    architecture: dict[str, Any] | str
     max_length: int
     packs: int
     num_rows: int
@@ -45,6 +47,9 @@ _58M = {"preset": "llama2-7b", "dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_he
 SIZES = {
     "tiny": Size({**_58M, "dim": 64, "n_layers": 2, "intermediate_size": 176}, 128, 2, 64, 4),
     "58m": Size({**_58M, "intermediate_size": 1376}, 512, 2, 256),
+    # One GPU: --dtype bfloat16 --allocator glibc --steps 23 --only ours "ours in nf4" "trl packed"
+    "8b": Size("llama3.1-8b", 4096, 1, 900),
+    "8b-2048": Size("llama3.1-8b", 2048, 2, 900),
 }
 
 
@@ -53,9 +58,13 @@ def make(folder: Path, size: Size) -> None:
     if (folder / "steps.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    _write_rows(folder / "rows.jsonl", size)
-    _write_bases(folder, size)
-    _write_steps(folder, size)
+    if isinstance(size.architecture, str):
+        _write_large_base(folder, size)
+    else:
+        _write_bases(folder, size)
+    tokenizer = _tokenizer_of(folder)
+    _write_rows(folder / "rows.jsonl", size, tokenizer)
+    _write_steps(folder, size, tokenizer)
 
 
 def config_of(folder: Path, size: Size, dtype: str, name: str, **train: Any) -> dict[str, Any]:
@@ -72,7 +81,7 @@ def config_of(folder: Path, size: Size, dtype: str, name: str, **train: Any) -> 
         },
         "data": {
             "train": [str(folder / "rows.jsonl")],
-            "chat_format": "llama2",
+            "chat_format": _format_of(size),
             "max_length": size.max_length,
             "packing": True,
         },
@@ -88,9 +97,12 @@ def config_of(folder: Path, size: Size, dtype: str, name: str, **train: Any) -> 
     }
 
 
-def _write_rows(path: Path, size: Size) -> None:
+def _format_of(size: Size) -> str:
+    return "llama3" if isinstance(size.architecture, str) else "llama2"
+
+
+def _write_rows(path: Path, size: Size, tokenizer: Any) -> None:
     """The first rows of the instructions that take half a pack at most."""
-    tokenizer = _tokenizer()
     rows = json.loads((SHARED / "data" / "alpaca_en_demo.json").read_text(encoding="utf-8"))
     lines: list[str] = []
     for row in rows:
@@ -109,6 +121,31 @@ def _tokenizer() -> Any:
     from finetune.llama.tokenizer import load_tokenizer
 
     return load_tokenizer(SHARED / "tokenizers" / "llama2" / "tokenizer.model")
+
+
+def _tokenizer_of(folder: Path) -> Any:
+    from finetune.llama.tokenizer import load_tokenizer
+
+    return load_tokenizer(folder / "base-bfloat16")
+
+
+def _write_large_base(folder: Path, size: Size) -> None:
+    """Random bfloat16 weights of a documented size, and an adapter with B at zero."""
+    from safetensors.torch import load_file, save_file
+
+    from benchmarks.random_run import RANK, make_run
+    from finetune.llama.architecture import PRESETS
+
+    assert isinstance(size.architecture, str)
+    assert size.r == RANK
+    made, adapter = folder / "random", folder / "adapter"
+    if not made.exists():
+        make_run(made, PRESETS[size.architecture], 4)
+        (folder / "base-bfloat16").symlink_to(made / "base")
+    shutil.copytree(made / "run" / "adapter", adapter, dirs_exist_ok=True)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    begun = {name: t.zero_() if "lora_B" in name else t for name, t in weights.items()}
+    save_file(begun, adapter / "adapter_model.safetensors", {"format": "pt"})
 
 
 def _write_bases(folder: Path, size: Size) -> None:
@@ -133,7 +170,7 @@ def _write_bases(folder: Path, size: Size) -> None:
     get_peft_model(model, adapter).save_pretrained(folder / "adapter")
 
 
-def _write_steps(folder: Path, size: Size) -> None:
+def _write_steps(folder: Path, size: Size, tokenizer: Any) -> None:
     """The order of our own loader, written down for the others."""
     from finetune.batching import plan_batches
     from finetune.config.loader import load
@@ -141,9 +178,9 @@ def _write_steps(folder: Path, size: Size) -> None:
     from finetune.llama.chat import FORMATS
 
     file = folder / "workload.yaml"
-    file.write_text(yaml.safe_dump(config_of(folder, size, "float32", "workload")))
+    file.write_text(yaml.safe_dump(config_of(folder, size, "bfloat16", "workload")))
     config = load(file).config
-    data = load_data(config, _tokenizer(), FORMATS["llama2"])
+    data = load_data(config, tokenizer, FORMATS[_format_of(size)])
     plan = plan_batches(config, data, 1)
     steps = []
     for epoch in range(4):
