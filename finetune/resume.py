@@ -63,7 +63,7 @@ def _compare_with(
             f"{folder}: was trained on something else: {', '.join(other)} differ. Put back what "
             "it was trained on, or choose another run.name"
         )
-    then = before["libraries"]
+    then = {"threads": now["libraries"].get("threads"), **before["libraries"]}  # new in manifests
     changed = {name: new for name, new in now["libraries"].items() if then.get(name) != new}
     if changed:
         pairs = [f"{name} {then.get(name)}, now {new}" for name, new in sorted(changed.items())]

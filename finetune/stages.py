@@ -194,7 +194,8 @@ def what_it_trains_on(
         "config_sha256": artifact.sha256_of_json(acting_settings(config)),
         "documents_sha256": data.documents_sha256,
         **base.identity(known["base_fingerprint"]).facts(),
-        "libraries": known["packages"],
+        # sums are cut differently by another number of threads
+        "libraries": {**known["packages"], "threads": str(torch.get_num_threads())},
     }
 
 
