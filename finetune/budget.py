@@ -65,13 +65,16 @@ class Budget:
         return {name: getattr(self, name) for name in names}
 
 
-def budget_of(config: RunConfig) -> Budget:
+def budget_of(config: RunConfig, arch: Architecture | None = None) -> Budget:
     """The budget of a config; nothing is allocated, nothing fetched.
+
+    Args:
+        arch: of the base, where it is known already.
 
     Raises:
         InputError: the base's architecture is not known without a download.
     """
-    arch = architecture_of_base(config)
+    arch = arch or architecture_of_base(config)
     parameters = arch.num_parameters()
     is_full = config.adapter.method == "none"
     trained = parameters.total if is_full else num_adapter_parameters(arch, config)

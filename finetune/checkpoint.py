@@ -36,6 +36,7 @@ OPTIMIZER = "optimizer"
 SCHEDULER = "scheduler.json"
 WATCH = "watch.json"  # what the rolling statistics of spikes have seen
 BEST = "best.json"  # what the held-out losses so far decide
+PIECES = "pieces.json"  # of a micro-batch, where memory ran out
 TRAINER_STATE = "trainer_state.json"  # transformers' own name
 LATEST = "latest.json"
 _STEP = re.compile(r"step-[0-9]{6,12}")
@@ -300,6 +301,23 @@ def load_rng(folder: Path, rank: int) -> None:
         raise CheckFailed(f"{folder}: was written by {len(states)} ranks; rank {rank} has no state")
     with as_written(path):
         restore_rng(states[rank])
+
+
+def load_pieces(folder: Path) -> int:
+    """In how many pieces the run took its micro-batches: 1 where memory never ran out.
+
+    Raises:
+        CheckFailed: the file says something else.
+    """
+    path = folder / PIECES
+    if not path.exists():
+        return 1
+    state = read_state(path)
+    with as_written(path):
+        number = state["num_pieces"]
+        if type(number) is not int or not 1 <= number <= 1 << 16:
+            raise ValueError("num_pieces is no number of pieces")
+    return number
 
 
 def refuse_other_state(folder: Path) -> None:

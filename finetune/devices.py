@@ -64,9 +64,16 @@ def this_machine() -> Device:
 
 
 def _memory_of_machine() -> int | None:
-    """MemTotal; Linux only."""
+    """MemTotal, or a container's limit where that is less; Linux only."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
-            return int(next(line for line in file if line.startswith("MemTotal")).split()[1]) * 1024
+            line = next(line for line in file if line.startswith("MemTotal"))
     except OSError:
         return None
+    total = int(line.split()[1]) * 1024
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            limit = file.read().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total

@@ -25,12 +25,19 @@ KEYS = (
 )
 
 
-def fitted(config: RunConfig, file: Path, num_ranks: int, is_first: bool) -> RunConfig:
+def fitted(
+    config: RunConfig,
+    file: Path,
+    num_ranks: int,
+    is_first: bool,
+    known: dict[str, Any] | None = None,
+) -> RunConfig:
     """The config with what was chosen for it; itself without `train.fit: auto`.
 
     Args:
         file: where the choice lies, or will.
         is_first: the first rank chooses, the others take its answer.
+        known: `arch` and `data`, where they are read already.
 
     Raises:
         InputError: no choice fits; what the plan advises.
@@ -39,22 +46,30 @@ def fitted(config: RunConfig, file: Path, num_ranks: int, is_first: bool) -> Run
         return config
     answer: list[Any] = [None]
     if is_first:
-        answer = [_known(file) if file.exists() else _chosen(config, file, num_ranks)]
+        answer = [_kept(config, file) or _chosen(config, file, num_ranks, known or {})]
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
     return _with(config, answer[0])
 
 
-def choose(config: RunConfig, cluster: Cluster) -> Plan:
+def choose(config: RunConfig, cluster: Cluster, **known: Any) -> Plan:
     """The largest micro-batch that fits, without recomputing activations where one does.
 
+    Args:
+        known: `arch` and `data` of `plan_of`.
+
     Raises:
-        InputError: none does.
+        InputError: none does, or the machine's memory is not known.
     """
+    if cluster.memory is None:
+        raise InputError(
+            "train.fit: found auto on a machine whose memory is not known; allowed: none, with "
+            "train.per_device_train_batch_size as it fits"
+        )
     plan = None
     for values in candidates(config):
-        plan = plan_of(_with(config, values), cluster, with_time=False)
-        if plan.fits is not False:
+        plan = plan_of(_with(config, values), cluster, with_time=False, **known)
+        if plan.fits:
             return plan
     assert plan is not None
     raise InputError(
@@ -74,11 +89,12 @@ def candidates(config: RunConfig) -> Iterator[dict[str, Any]]:
             yield dict(zip(KEYS, (size, rows // size, recompute), strict=True))
 
 
-def _chosen(config: RunConfig, file: Path, num_ranks: int) -> dict[str, Any]:
+def _chosen(config: RunConfig, file: Path, num_ranks: int, known: dict[str, Any]) -> dict[str, Any]:
     device: Device = this_machine()
-    plan = choose(config, Cluster(device, num_ranks))
+    plan = choose(config, Cluster(device, num_ranks), **known)
     chosen = {key: getattr(plan.config.train, key) for key in KEYS}
-    write_json(file, {**chosen, "planned_bytes": plan.peak, "device": device.name})
+    facts = {"asked": _asked(config), "planned_bytes": plan.peak, "device": device.name}
+    write_json(file, {**chosen, **facts})
     size, steps, recompute = chosen.values()
     how = ", activations recomputed" if recompute else ""
     print(
@@ -89,12 +105,21 @@ def _chosen(config: RunConfig, file: Path, num_ranks: int) -> dict[str, Any]:
     return chosen
 
 
-def _known(file: Path) -> dict[str, Any]:
+def _asked(config: RunConfig) -> dict[str, Any]:
+    """What the config says, from which another choice would follow."""
+    return {key: getattr(config.train, key) for key in KEYS}
+
+
+def _kept(config: RunConfig, file: Path) -> dict[str, Any] | None:
+    """What was chosen before, for the same config; None where there is nothing such."""
+    if not file.exists():
+        return None
     known = read_json(file)
-    if not isinstance(known, dict) or not all(
-        isinstance(known.get(key), (int, bool)) for key in KEYS
-    ):
+    kinds = dict(zip(KEYS, (int, int, bool), strict=True))
+    if not isinstance(known, dict) or any(type(known.get(k)) is not kinds[k] for k in KEYS):
         raise CheckFailed(f"{file}: is not what `train` wrote; remove the run folder")
+    if known.get("asked") != _asked(config):
+        return None
     return {key: known[key] for key in KEYS}
 
 

@@ -85,11 +85,16 @@ def head_footprint(
 
         def run() -> torch.Tensor:
             with products(config, device, "cpu"):
-                if config.fast.loss:
+                if config.fast.loss and not _has_wrapped_head(config, arch):
                     return head_losses(hidden, weight, targets)
                 return plain_losses(torch.nn.functional.linear(hidden, weight), targets)
 
         return _counted(run)
+
+
+def _has_wrapped_head(config: RunConfig, arch: Architecture) -> bool:
+    """Whether PEFT stands around the head: tokens that train, in an embedding that is the head."""
+    return config.adapter.method == "trainable_tokens" and arch.tie_word_embeddings
 
 
 def products(config: RunConfig, device: str, tensors: str | None = None) -> Any:

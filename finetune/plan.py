@@ -11,17 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from finetune.budget import BYTES, Budget, budget_of
 from finetune.config import RunConfig
 from finetune.config.loader import load
 from finetune.devices import CONTEXT_BYTES, DEVICES, GIB, MFU, Device, this_machine
+from finetune.errors import InputError
+from finetune.llama.architecture import Architecture
 from finetune.workload import Workload, workload_of
 
-# A process after its imports and the trainer's (benchmarks/results has the measurement).
+if TYPE_CHECKING:
+    from finetune.data import RunData
+
+# A process after its imports and the trainer's (`benchmarks.plan_check --size tiny`).
 LIBRARIES_BYTES = int(0.62 * GIB)
+SOFT_PROMPTS = ("prompt_tuning", "prefix_tuning")
 _SPARE = 0.05  # of the device's memory: the allocator's gaps
 
 
@@ -39,6 +45,12 @@ class Cluster:
     device: Device
     count: int = 1
     sharding: str = "ddp"
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes of each process; on a CPU they share the machine's."""
+        memory, shared = self.device.memory, self.device.kind == "cpu"
+        return memory // self.count if memory is not None and shared else memory
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class Plan:
     @property
     def fits(self) -> bool | None:
         """None where the device's memory is not known."""
-        memory = self.cluster.device.memory
+        memory = self.cluster.memory
         return None if memory is None else self.peak <= memory * (1 - _SPARE)
 
     def as_json(self) -> dict[str, Any]:
@@ -92,7 +104,7 @@ class Plan:
             "sharding": self.cluster.sharding,
             "bytes_by_part": self.bytes_by_part,
             "bytes": self.peak,
-            "device_bytes": device.memory,
+            "device_bytes": self.cluster.memory,
             "fits": self.fits,
             "flops_per_step": self.flops,
             "flops_per_token": self.budget.architecture.flops_per_token().total,
@@ -103,12 +115,20 @@ class Plan:
         }
 
 
-def plan_of(config: RunConfig, cluster: Cluster | None = None, with_time: bool = True) -> Plan:
+def plan_of(
+    config: RunConfig,
+    cluster: Cluster | None = None,
+    with_time: bool = True,
+    arch: Architecture | None = None,
+    data: RunData | None = None,
+) -> Plan:
     """The plan of a config; nothing of the model's size is allocated, nothing fetched.
 
     Args:
         cluster: None is this machine.
-        with_time: measure a layer here, where the cluster is this machine.
+        with_time: measure a layer here, where the cluster is this machine and the plan fits.
+        arch: of the base, where it is known already.
+        data: the rows, where they are read already.
 
     Raises:
         InputError: the base's architecture is not known without a download.
@@ -116,11 +136,13 @@ def plan_of(config: RunConfig, cluster: Cluster | None = None, with_time: bool =
     from finetune.footprint import head_footprint, layer_footprint
 
     cluster = cluster or Cluster(this_machine())
-    budget, work = budget_of(config), workload_of(config, cluster.count)
+    budget, work = budget_of(config, arch), workload_of(config, cluster.count, data)
     arch, kind = budget.architecture, cluster.device.kind
-    layer = layer_footprint(config, arch, work.lengths, kind)
+    vectors = config.adapter.num_virtual_tokens if config.adapter.method in SOFT_PROMPTS else 0
+    lengths = [length + vectors for length in work.lengths]
+    layer = layer_footprint(config, arch, lengths, kind)
     head = head_footprint(config, arch, work.supervised, kind)
-    width = sum(work.lengths) * arch.dim * int(BYTES[config.base.dtype])
+    width = sum(lengths) * arch.dim * int(BYTES[config.base.dtype])
     kept = width if config.train.activation_checkpointing else layer.kept
     activations = arch.n_layers * kept + width
     if config.train.activation_checkpointing:
@@ -133,19 +155,21 @@ def plan_of(config: RunConfig, cluster: Cluster | None = None, with_time: bool =
         "activations": activations,
         "logits": max(head.peak - (layer.peak - layer.kept), 0),
     }
-    seconds, timing = _seconds(config, budget, work, cluster, with_time)
-    return Plan(
+    keep = config.train.save_total_limit + config.train.load_best_model_at_end
+    plan = Plan(
         config,
         budget,
         work,
         cluster,
         parts,
         work.flops(budget, config),
-        seconds,
-        timing,
+        None,
+        "not asked for",
         checkpoint_bytes=budget.gradients + budget.optimizer,
-        checkpoints=config.train.save_total_limit + 1,
+        checkpoints=keep + 1,
     )
+    seconds, timing = _seconds(plan, with_time)
+    return replace(plan, seconds=seconds, timing=timing)
 
 
 def _held(budget: Budget, cluster: Cluster) -> dict[str, int]:
@@ -162,15 +186,18 @@ def _held(budget: Budget, cluster: Cluster) -> dict[str, int]:
     return {**{name: size // count for name, size in parts.items()}, "gathered": gathered}
 
 
-def _seconds(
-    config: RunConfig, budget: Budget, work: Workload, cluster: Cluster, measure: bool
-) -> tuple[float | None, str]:
-    device = cluster.device
+def _seconds(plan: Plan, measure: bool) -> tuple[float | None, str]:
+    config, budget, work, device = plan.config, plan.budget, plan.workload, plan.cluster.device
     if device.flops is not None:
-        seconds = work.flops(budget, config) / (MFU * device.flops)
-        return seconds, f"{100 * MFU:.0f} % of the data sheet's rate, an assumption"
+        if config.base.dtype == "float32" and config.train.bf16 is False:
+            return None, "not known: the data sheet's rate is of bfloat16 products"
+        seconds = plan.flops / (MFU * device.flops)
+        unpacked = "" if config.base.quantization == "none" else "; unpacking weights not counted"
+        return seconds, f"{100 * MFU:.0f} % of the data sheet's rate, an assumption{unpacked}"
     if not measure:
         return None, "not asked for"
+    if plan.fits is False:
+        return None, "not measured: it does not fit"
     if config.base.quantization != "none":
         return None, "not known for a quantised base"
     from finetune import calibration
@@ -190,7 +217,8 @@ def lines(plan: Plan) -> list[str]:
     share = 100 * budget.trainable / (budget.parameters.total or 1)
     memory = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.bytes_by_part.items())
     many = f"{plan.cluster.count} x " if plan.cluster.count > 1 else ""
-    of = "" if device.memory is None else f" of {device.memory / GIB:.1f}"
+    memory_of = plan.cluster.memory
+    of = "" if memory_of is None else f" of {memory_of / GIB:.1f}"
     found = [
         f"base     {', '.join(f'{name} {count:,}' for name, count in counts if count)}",
         f"trained  {budget.trainable:,} parameters ({share:.3f} % of the base)",
@@ -201,6 +229,8 @@ def lines(plan: Plan) -> list[str]:
         f"time     {_time(plan)}",
         f"disk     {plan.checkpoints} checkpoints of {plan.checkpoint_bytes / GIB:.2f} GiB",
     ]
+    if plan.config.train.fit == "auto":
+        found.append("fit      train.fit=auto: `train` chooses micro-batch and recomputing itself")
     return found
 
 
@@ -212,15 +242,23 @@ def _verdict(plan: Plan) -> str:
 
 def _advice(plan: Plan) -> str:
     """What to change first, by the largest part."""
-    parts = plan.bytes_by_part
+    parts, train = plan.bytes_by_part, plan.config.train
     if parts["activations"] > parts["base"]:
-        return (
-            "train.activation_checkpointing=true, or fewer rows in "
-            "train.per_device_train_batch_size and more in train.gradient_accumulation_steps"
-        )
+        ways = [] if train.activation_checkpointing else ["train.activation_checkpointing=true"]
+        if train.per_device_train_batch_size > 1:
+            ways.append(
+                "fewer rows in train.per_device_train_batch_size and more in "
+                "train.gradient_accumulation_steps"
+            )
+        return ", or ".join([*ways, "a smaller data.max_length"])
     if plan.budget.trainable == plan.budget.parameters.total:
         return "train an adapter (adapter.method=lora), or shard (--devices N --sharding fsdp)"
-    return "base.quantization=nf4, or shard (--devices N --sharding fsdp)"
+    sharded = "shard (--devices N --sharding fsdp)"
+    return (
+        sharded
+        if plan.config.base.quantization == "nf4"
+        else f"base.quantization=nf4, or {sharded}"
+    )
 
 
 def _time(plan: Plan) -> str:
@@ -245,9 +283,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--no-time", action="store_true", help="measure nothing here")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_intermixed_args(list(argv))
+    if args.devices < 1:
+        raise InputError(f"--devices: found {args.devices}; allowed: 1 or more")
     config = load(args.config, args.overrides).config
     device = DEVICES[args.device] if args.device else this_machine()
-    cluster = Cluster(device, max(args.devices, 1), args.sharding)
+    cluster = Cluster(device, args.devices, args.sharding)
     plan = plan_of(config, cluster, not args.no_time)
     print(json.dumps(plan.as_json(), indent=2) if args.json else "\n".join(lines(plan)))
     return 0

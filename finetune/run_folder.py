@@ -157,7 +157,7 @@ def open_run(loaded: Loaded, allowed: Sequence[str] = ()) -> RunFolder:
         if not _never_began(run):
             _take_over(run, changes, allowed, free_settings(known, loaded.config))
         else:
-            for other in (run.environment_file, run.data_file):  # of the other config
+            for other in (run.environment_file, run.data_file, run.fit_file):  # of the other config
                 other.unlink(missing_ok=True)
             if (run.path / "base").is_dir():  # random weights, of the other config
                 remove(run.path / "base")

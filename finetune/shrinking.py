@@ -25,12 +25,16 @@ class MemorySeam(Trainer):
 
     ours: Any
     num_pieces: int = 1
+    pieces_now: int = 1  # of the micro-batch at hand, which may have fewer documents
     _seen: list[Any]
+    _rng: list[torch.Tensor]
     _step_loss_sum: torch.Tensor
 
     def begin_step(self) -> None:
         """Before the first micro-batch of every step."""
         self._seen = []
+        if self.ours.shrinks:
+            self._rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
 
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None
@@ -53,8 +57,10 @@ class MemorySeam(Trainer):
     ) -> torch.Tensor | None:
         """The micro-batch's share of the loss; None where memory ran out."""
         total: torch.Tensor | None = None
+        pieces = cut(Packed(**inputs), self.num_pieces)
+        self.pieces_now = len(pieces)
         try:
-            for piece in cut(Packed(**inputs), self.num_pieces):
+            for piece in pieces:
                 loss = super().training_step(model, vars(piece).copy(), num_items)
                 total = loss if total is None else total + loss
         except (RuntimeError, MemoryError) as error:
@@ -78,11 +84,13 @@ class MemorySeam(Trainer):
             )
         if self.args.world_size > 1:
             raise CannotContinue(
-                f"step {step}: out of memory; the other ranks are in the middle of it. A smaller "
-                "train.per_device_train_batch_size takes less"
+                f"step {step}: out of memory; the other ranks are in the middle of it. "
+                "train.fit=none with a smaller train.per_device_train_batch_size takes less"
             )
         model.zero_grad(set_to_none=True)
         self._step_loss_sum.zero_()
+        torch.set_rng_state(self._rng[0])
+        torch.cuda.set_rng_state_all(self._rng[1:])
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

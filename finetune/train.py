@@ -92,7 +92,8 @@ def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> list[str]:
     config = loaded.config
     base = stages.prepare_base(config, run, is_first_rank())
     data = stages.prepare_data(config, run, base, is_first_rank(), allowed)
-    config = fit.fitted(config, run.fit_file, num_ranks(), is_first_rank())
+    known = {"arch": base.architecture, "data": data}
+    config = fit.fitted(config, run.fit_file, num_ranks(), is_first_rank(), known)
     model = stages.prepare_model(config, run, base, data, is_first_rank())
     parts = stages.gather_parts(config, run, base, data, model, num_ranks())
     trainer = RECIPES[config.recipe](parts)

@@ -162,7 +162,8 @@ class OurSeams(EvaluationSeam, MemorySeam):
         self._step_loss_sum += loss_sum.detach().double()
         loss = loss_sum * (self.accelerator.num_processes / max(num_items_in_batch.item(), 1.0))
         if self.ours.ranks is not None and self.step_tokens:  # once a step, in parts
-            loss = loss + self.ours.ranks.penalty() / self._num_micro_batches
+            parts = self._num_micro_batches * self.pieces_now
+            loss = loss + self.ours.ranks.penalty() / parts
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -258,6 +259,8 @@ class OurSeams(EvaluationSeam, MemorySeam):
                 self.ours.ranks.save(stage)
             write_json(stage / checkpoint.WATCH, self.spikes.state())
             write_json(stage / checkpoint.BEST, self.best.state())
+            if self.num_pieces > 1:
+                write_json(stage / checkpoint.PIECES, {"num_pieces": self.num_pieces})
             self.state.save_to_json(str(stage / checkpoint.TRAINER_STATE))
         checkpoint.write_latest(self.ours.checkpoints, step)
         keep, best = self.ours.save_total_limit, self.best.protected_step
@@ -275,6 +278,7 @@ class OurSeams(EvaluationSeam, MemorySeam):
             self.spikes.load(Path(checkpoint_path) / checkpoint.WATCH)
             if (Path(checkpoint_path) / checkpoint.BEST).exists():  # not in those of old versions
                 self.best.load(Path(checkpoint_path) / checkpoint.BEST)
+            self.num_pieces = checkpoint.load_pieces(Path(checkpoint_path))
             if self.ours.ranks is not None:
                 self.ours.ranks.load(Path(checkpoint_path))
 

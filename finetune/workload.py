@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.budget import Budget
 from finetune.config import RunConfig
+from finetune.errors import InputError
 
 if TYPE_CHECKING:
     from finetune.batching import Steps
+    from finetune.data import RunData
 
 _USUAL_DOCUMENT = 256  # tokens of a document where the rows are not known
 _USUAL_SUPERVISED = 0.5
@@ -69,23 +71,33 @@ class Workload:
         if self.steps is not None:
             return [self.steps.line()]
         return [
-            f"steps    the rows are not here: packs are taken as full, documents as "
-            f"{_USUAL_DOCUMENT} tokens, {100 * _USUAL_SUPERVISED:.0f} % of them trained; about "
-            f"{self.tokens_per_step:,.0f} tokens a step"
+            f"steps    base, tokenizer or rows are not here: packs are taken as full, documents as "
+            f"{_USUAL_DOCUMENT} tokens, {self.supervised / sum(self.lengths):.0%} of them trained; "
+            f"about {self.tokens_per_step:,.0f} tokens a step"
         ]
 
 
-def workload_of(config: RunConfig, num_ranks: int) -> Workload:
-    """The rows of the config where they can be read, else packs that are full."""
-    if _has_rows(config):
-        return _of_rows(config, num_ranks)
+def workload_of(config: RunConfig, num_ranks: int, data: RunData | None = None) -> Workload:
+    """The rows of the config where they can be read, else packs that are full.
+
+    Args:
+        data: the rows, where they are read already.
+    """
+    if data is None and _has_rows(config):
+        from finetune.data import open_data
+        from finetune.model import read_tokenizer
+
+        data = open_data(config, *read_tokenizer(config))
+    if data is not None:
+        return _of_rows(config, num_ranks, data)
     train, length = config.train, config.data.max_length
     documents = [length] * train.per_device_train_batch_size
     if config.data.packing:
         pack = [_USUAL_DOCUMENT] * (length // _USUAL_DOCUMENT)
         rest = length - sum(pack)
         documents = (pack + [rest] * bool(rest)) * train.per_device_train_batch_size
-    supervised = max(int(sum(documents) * _USUAL_SUPERVISED), 1)
+    share = 1.0 if config.recipe == "pretrain" else _USUAL_SUPERVISED
+    supervised = max(int(sum(documents) * share), 1)
     micro_batches = train.gradient_accumulation_steps
     return Workload(
         documents,
@@ -100,24 +112,29 @@ def workload_of(config: RunConfig, num_ranks: int) -> Workload:
 
 
 def _has_rows(config: RunConfig) -> bool:
-    """Whether training rows and tokenizer lie on this machine."""
-    base, files = config.base, config.data.train
+    """Whether base, tokenizer and training rows lie on this machine: nothing is fetched."""
+    from finetune.preparation import source_files
+
+    base = config.base
     tokenizer = base.tokenizer or base.path
-    local = bool(files) and all(source.path and Path(source.path).exists() for source in files)
-    return local and tokenizer is not None and Path(tokenizer).exists()
+    if base.is_hub_id or tokenizer is None or not Path(tokenizer).exists():
+        return False
+    try:
+        return bool(config.data.train and source_files(config)[0])
+    except InputError:  # `train` and `data` say what is wrong with them
+        return False
 
 
-def _of_rows(config: RunConfig, num_ranks: int) -> Workload:
+def _of_rows(config: RunConfig, num_ranks: int, data: RunData) -> Workload:
     from finetune.batching import plan_batches, steps_of
-    from finetune.data import open_data
-    from finetune.model import read_tokenizer
 
-    data = open_data(config, *read_tokenizer(config))
     plan = plan_batches(config, data, num_ranks)
     lengths, trained = data.train.lengths, data.train.num_trained
     batches = [batch for batch in plan.epoch(config.run.seed, 0, 0) if batch and batch[0] >= 0]
     by_size = sorted(batches, key=lambda batch: int(lengths[batch].sum()))
     largest, usual = by_size[-1], by_size[len(by_size) // 2]
+    if not config.data.packing:  # another epoch or rank may put the longest together
+        largest = lengths.argsort()[-plan.per_device :].tolist()
     steps = steps_of(config, data, plan)
     return Workload(
         lengths=lengths[largest].tolist(),

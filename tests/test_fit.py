@@ -6,13 +6,15 @@ import json
 
 import pytest
 import torch
-from small_runs import Bench
+import yaml
+from small_runs import Bench, adapter_tensors, same_bits
+from test_resume import stopped_at
 from tolerances import SUM_ORDER_FLOAT32
 
-from finetune import fit, shrinking, trainer
+from finetune import checkpoint, fit, shrinking, trainer
 from finetune.__main__ import main
 from finetune.devices import GIB, Device
-from finetune.errors import CannotContinue, InputError
+from finetune.errors import CannotContinue, CheckFailed, InputError
 from finetune.fast.loss import cut, documents_of, pack
 from finetune.plan import Cluster, plan_of
 
@@ -70,6 +72,22 @@ class TestChoice:
         monkeypatch.setattr(fit, "this_machine", lambda: machine(1))  # would refuse
         again = fit.fitted(config, run.fit_file, 1, is_first=True)
         assert again.train.per_device_train_batch_size == 2
+
+    def test_another_batch_is_chosen_for_anew(self, bench):
+        """Allowed to change, or after a start that was refused."""
+        rows = ["train.per_device_train_batch_size={}", "train.gradient_accumulation_steps=2"]
+        run = bench.train(AUTO, *(r.format(1) for r in rows))
+        config = bench.load(AUTO, *(r.format(3) for r in rows)).config
+        again = fit.fitted(config, run.fit_file, 1, is_first=True).train
+        assert again.per_device_train_batch_size * again.gradient_accumulation_steps == 6
+
+    def test_memory_that_is_not_known_is_no_memory(self, bench):
+        with pytest.raises(InputError, match="memory is not known"):
+            fit.choose(bench.load(AUTO).config, Cluster(Device("?", "cpu", None, None)))
+
+    def test_ranks_on_a_cpu_share_its_memory(self):
+        assert Cluster(machine(8 * GIB), 4).memory == 2 * GIB
+        assert Cluster(Device("a gpu", "cuda", 8 * GIB, None), 4).memory == 8 * GIB
 
     def test_what_is_no_choice_is_refused(self, bench, tmp_path):
         file = tmp_path / "fit.json"
@@ -132,6 +150,33 @@ class TestPieces:
         first = [side[0] for side in steps]
         assert abs(first[0]["loss"] / first[1]["loss"] - 1) < SUM_ORDER_FLOAT32
         assert abs(first[0]["grad_norm"] / first[1]["grad_norm"] - 1) < 10 * SUM_ORDER_FLOAT32
+
+    def test_a_run_that_goes_on_keeps_to_its_pieces(self, bench, memory, monkeypatch):
+        settings = (AUTO, *self.OVERRIDES, "adapter.lora_dropout=0.1", "train.save_steps=2")
+        memory(150)
+        straight = bench.train("run.name=straight", *settings)
+        memory(150)
+        stopped_at(bench, monkeypatch, 3, *settings)
+        memory(150)
+        run = bench.train(*settings)
+        assert same_bits(adapter_tensors(run), adapter_tensors(straight))
+
+    def test_pieces_that_are_none_are_refused(self, tmp_path):
+        for found in ({"num_pieces": 0}, {"num_pieces": True}, {}, []):
+            (tmp_path / "pieces.json").write_text(json.dumps(found))
+            with pytest.raises(CheckFailed, match="is not what training writes"):
+                checkpoint.load_pieces(tmp_path)
+
+    def test_the_penalty_of_adalora_counts_once(self, bench, memory):
+        values = yaml.safe_load(bench.config_file.read_text())
+        values["adapter"] = {"method": "adalora", "init_r": 6, "target_r": 2, "tfinal": 1}
+        bench.config_file.write_text(yaml.safe_dump(values))
+        whole = bench.train("run.name=whole", *self.OVERRIDES)
+        memory(150)
+        pieces = bench.train("run.name=pieces", AUTO, *self.OVERRIDES)
+        lines = [run.metrics.read_text().splitlines()[0] for run in (whole, pieces)]
+        norms = [json.loads(line)["grad_norm"] for line in lines]
+        assert abs(norms[0] / norms[1] - 1) < 10 * SUM_ORDER_FLOAT32
 
     def test_one_document_too_large_ends_the_run(self, bench, memory):
         memory(0)

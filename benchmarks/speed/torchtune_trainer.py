@@ -34,6 +34,8 @@ def main() -> int:
     from torchtune.modules.peft import get_adapter_params, set_trainable_params
     from torchtune.training import scale_grads
 
+    if torch.cuda.is_available():
+        raise SystemExit("torchtune is compared on CPUs alone")
     recorder = Recorder(args.result)
     steps = json.loads((args.folder / "steps.json").read_text(encoding="utf-8"))[: args.steps]
     base = args.folder / f"base-{args.dtype}"

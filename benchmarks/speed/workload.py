@@ -9,6 +9,7 @@ FOLDER/adapter/                      LoRA at step 0, in PEFT's format, for all c
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -54,10 +55,18 @@ SIZES = {
 
 
 def make(folder: Path, size: Size) -> None:
-    """Writes what is not there yet."""
+    """Writes what is not there yet.
+
+    Raises:
+        SystemExit: the folder holds another size.
+    """
+    mark, name = folder / "size.json", json.dumps(dataclasses.asdict(size))
+    if mark.exists() and mark.read_text(encoding="utf-8") != name:
+        raise SystemExit(f"{folder}: holds a workload of another size; choose another --folder")
     if (folder / "steps.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(name, encoding="utf-8")
     if isinstance(size.architecture, str):
         _write_large_base(folder, size)
     else:

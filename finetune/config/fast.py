@@ -18,7 +18,7 @@ class FastSection(Section):
     lora: bool = True
     """Base and adapter of a projection as one function, in the type of the base (A, B and their
     gradients stay float32); false: PEFT's own layers. Only plain LoRA has it, methods that need
-    more (DoRA, quantised bases …) are PEFT's own in any case."""
+    more (DoRA, quantised bases, float16 …) are PEFT's own in any case."""
 
     pointwise: bool = True
     """RMSNorm, rotary embedding and SwiGLU as one function each; false: transformers' own."""

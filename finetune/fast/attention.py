@@ -61,6 +61,9 @@ def document_attention(
         # torch's CPU kernel is several times slower in bfloat16 than in float32 on short
         # documents (benchmarks/attention_cpu.py), and less exact.
         query, key, value = query.float(), key.float(), value.float()
+    elif dtype != value.dtype:  # under autocast the rotation leaves float32
+        dtype = value.dtype
+        query, key = query.to(dtype), key.to(dtype)
     with torch.autocast(query.device.type, enabled=False):
         parts = [
             F.scaled_dot_product_attention(

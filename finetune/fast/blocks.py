@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import (
 
 from finetune.config import FastSection
 from finetune.fast.attention import DOCUMENT_ATTENTION, document_attention
-from finetune.fast.lora import project, projections_of
+from finetune.fast.lora import project, projections_of, type_of_products
 from finetune.fast.pointwise import rms_norm, rotate, swiglu
 
 
@@ -44,11 +44,18 @@ def speed_up(model: torch.nn.Module, parts: FastSection) -> None:
 
 def _while_gradients_are_recorded(ours: Callable[..., Any], parts: FastSection) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
+        cached = kwargs.get("past_key_values") is not None
+        if not torch.is_grad_enabled() or cached or _has_other_attention(self):
             return type(self).forward(self, *args, **kwargs)
         return ours(self, parts, *args, **kwargs)
 
     return forward
+
+
+def _has_other_attention(module: Any) -> bool:
+    """Whether somebody chose another attention than ours for this model."""
+    config = getattr(module, "config", None)
+    return getattr(config, "_attn_implementation", DOCUMENT_ATTENTION) != DOCUMENT_ATTENTION
 
 
 def _attention(
@@ -61,7 +68,6 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """As `LlamaAttention.forward` of transformers 5.23, without a cache."""
-    assert self.config._attn_implementation == DOCUMENT_ATTENTION
     heads = (*hidden_states.shape[:-1], -1, self.head_dim)
     layers = (self.q_proj, self.k_proj, self.v_proj)
     q, k, v = (y.view(heads).transpose(1, 2) for y in _together(hidden_states, parts, layers))
@@ -92,4 +98,7 @@ def _together(
 ) -> tuple[torch.Tensor, ...]:
     """What layers make of one input."""
     projections = projections_of(layers) if parts.lora else None
-    return tuple(layer(x) for layer in layers) if projections is None else project(x, projections)
+    # float16 ends at 6e-8: the small gradients inside an adapter need PEFT's float32 products
+    if projections is None or type_of_products(x, projections[0].weight) == torch.float16:
+        return tuple(layer(x) for layer in layers)
+    return project(x, projections)

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tolerances import FAST_BFLOAT16, FAST_GRADIENT_FLOAT32
 
 from finetune.config import FastSection
+from finetune.fast.attention import as_on_gpu
 from finetune.fast.blocks import speed_up
 from finetune.fast.loss import pack, token_losses
 
@@ -34,11 +35,11 @@ def with_adapter(model, **settings):
     return adapted.train()
 
 
-def losses_and_gradients(model, parts, documents=DOCUMENTS):
+def losses_and_gradients(model, parts, documents=DOCUMENTS, scale=1.0):
     """One micro-batch; gradients are added to what is there."""
     torch.manual_seed(1)
     losses = token_losses(model, pack(documents), in_blocks=parts.loss, dense=not parts.attention)
-    losses.sum().backward()
+    (losses.sum() * scale).backward()
     named = model.named_parameters()
     return losses.detach(), {n: p.grad.clone() for n, p in named if p.grad is not None}
 
@@ -151,6 +152,47 @@ def test_bfloat16(tiny_llama, autocast):
         found = losses_and_gradients(model, FastSection())
     assert {g.dtype for g in found[1].values()} == {torch.float32}
     assert distance(found, expected) < 8 * FAST_BFLOAT16  # through every layer
+
+
+@pytest.mark.parametrize("parts", [FastSection(), OFF.model_copy(update={"attention": True})])
+def test_autocast_on_a_gpu_gives_attention_one_type(tiny_llama, parts):
+    """The rotation leaves float32 beside bfloat16 values; a GPU's kernels take neither mix."""
+    model = with_adapter(tiny_llama())
+    expected = losses_and_gradients(copy.deepcopy(model), OFF)
+    speed_up(model, parts)
+    with torch.autocast("cpu", torch.bfloat16), as_on_gpu(True):
+        found = losses_and_gradients(model, parts)
+    assert distance(found, expected) < 8 * FAST_BFLOAT16
+
+
+def test_float16_keeps_the_small_gradients_of_an_adapter(tiny_llama):
+    """B near zero and a loss over many tokens: below what float16 holds."""
+    wide = with_adapter(tiny_llama())
+    for name, parameter in wide.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 2e-3
+    model = copy.deepcopy(wide)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.half()
+    plain = copy.deepcopy(model)
+    speed_up(model, FastSection())
+
+    def of_a(model, parts):
+        found = losses_and_gradients(model, parts, scale=1 / 8192)[1]
+        return torch.cat([g.flatten() for name, g in found.items() if "lora_A" in name])
+
+    exact, fast, twin = of_a(wide, OFF), of_a(model, FastSection()), of_a(plain, OFF)
+    assert (fast - exact).norm() < 2 * (twin - exact).norm() + 0.02 * exact.norm()
+
+
+def test_another_attention_is_left_alone(tiny_llama):
+    model = with_adapter(tiny_llama())
+    speed_up(model, FastSection())
+    model.base_model.model.set_attn_implementation("eager")
+    ids = torch.tensor([[1, 5, 9, 13]])
+    plain = with_adapter(tiny_llama("llama3-8b", "eager"))
+    assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-5)
 
 
 def test_without_gradients_the_libraries_run(tiny_llama):
