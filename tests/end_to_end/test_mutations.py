@@ -52,8 +52,8 @@ MUTATIONS = {
     ),
     "loss divided by micro-batches": (
         "finetune/trainer.py",
-        "        return loss_sum * (",
-        "        return loss_sum / self.args.gradient_accumulation_steps * (",
+        "        loss = loss_sum * (",
+        "        loss = loss_sum / self.args.gradient_accumulation_steps * (",
         "tests/test_trainer.py",
     ),
 }
