@@ -77,7 +77,7 @@ def run_measured(command: Sequence[str], cwd: Path, phase_now: Callable[[], str]
         phase.seconds, last = phase.seconds + now - last, now
         if ended:
             break
-        memory = _memory_gib(process.pid)
+        memory = memory_gib(process.pid)
         phase.peak_gib = max(phase.peak_gib, memory["VmRSS"])
         measured.peak_gib = max(measured.peak_gib, memory["VmHWM"])
         if memory["VmRSS"] > most:
@@ -90,7 +90,7 @@ def run_measured(command: Sequence[str], cwd: Path, phase_now: Callable[[], str]
     return measured
 
 
-def _memory_gib(pid: int) -> dict[str, float]:
+def memory_gib(pid: int | str) -> dict[str, float]:
     """The four counts; zero for a process that has just ended."""
     names = ("VmRSS", "VmHWM", "RssAnon", "RssFile")
     text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")

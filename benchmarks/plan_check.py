@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import re
 import shutil
 import statistics
@@ -25,6 +26,8 @@ import yaml
 
 from benchmarks.peaks import run_measured
 from benchmarks.speed.workload import ROOT, SIZES, config_of, make
+from finetune.config import FastSection
+from finetune.llama.safetensors_pieces import stored_tensors
 
 MEMORY_LIMIT, TIME_LIMIT = 0.10, 0.20
 NUM_STEPS, WARM = 10, 3
@@ -43,9 +46,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "dora, 2 packs": ("adapter.method=dora",),
     "all weights, 2 packs": ("adapter.method=none",),
     "lora, rows alone": ("data.packing=false", "train.per_device_train_batch_size=8"),
-    "lora with nothing fast": tuple(
-        f"fast.{part}=false" for part in ("attention", "lora", "pointwise", "loss")
-    ),
+    "lora with nothing fast": tuple(f"fast.{part}=false" for part in FastSection.model_fields),
 }
 
 
@@ -84,12 +85,9 @@ def _checked(folder: Path, size: str, name: str) -> dict[str, Any]:
     file = folder / f"plan-{run_name}.yaml"
     values = config_of(folder, SIZES[size], "float32", run_name, max_steps=NUM_STEPS)
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
-    if "adapter.method=none" in CASES[name]:
-        values["adapter"] = {"method": "none"}
-        file.write_text(yaml.safe_dump(values), encoding="utf-8")
     shutil.rmtree(folder / "runs" / run_name, ignore_errors=True)
     command = [sys.executable, "-m", "finetune"]
-    overrides = [o for o in CASES[name] if o != "adapter.method=none"]
+    overrides = CASES[name]
     answer = subprocess.run(
         [*command, "plan", str(file), "--json", *overrides],
         cwd=ROOT,
@@ -113,19 +111,9 @@ def _checked(folder: Path, size: str, name: str) -> dict[str, Any]:
 
 def _num_trained(run: Path) -> int:
     """Numbers in the file of the adapter, or of the whole model."""
-    from safetensors import safe_open
-
     whole = (run / "model").is_dir()
     paths = (run / ("model" if whole else "adapter")).glob("*.safetensors")
-    total = 0
-    for path in paths:
-        with safe_open(str(path), framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 - no mapping
-                count = 1
-                for length in file.get_slice(name).get_shape():
-                    count *= length
-                total += count
-    return total
+    return sum(math.prod(tensor.shape) for path in paths for tensor in stored_tensors(path))
 
 
 if __name__ == "__main__":

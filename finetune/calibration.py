@@ -18,9 +18,7 @@ from typing import Any
 import torch
 
 from finetune.config import RunConfig
-from finetune.fast.attention import no_mask
-from finetune.fast.head import head_losses, plain_losses
-from finetune.footprint import build_layer, fill, products
+from finetune.footprint import build_layer, head_pass, layer_pass
 from finetune.llama.architecture import Architecture
 
 _FLOPS_AT_ONCE = 2e11  # of a timed pass: about a second on two cores
@@ -68,9 +66,11 @@ def measure(
     per_token = 4 * (counts.attention + counts.mlp) / arch.n_layers
     chosen = _first(lengths, max(int(_FLOPS_AT_ONCE / per_token), 16))
     with torch.device(device):
-        layer = _timed(_layer_pass(config, arch, chosen)) * tokens / sum(chosen)
+        one = layer_pass(build_layer(config, arch), config, arch, chosen, device)
+        layer = _timed(lambda: one().sum().backward()) * tokens / sum(chosen)
         few = max(min(supervised, int(_FLOPS_AT_ONCE / (4 * arch.dim * arch.vocab_size))), 1)
-        head = _timed(_head_pass(config, arch, few)) * supervised / few
+        scored = head_pass(config, arch, few, device)
+        head = _timed(lambda: scored().sum().backward()) * supervised / few
         update = _timed_update(num_trained)
     recomputed = 4 / 3 if config.train.activation_checkpointing else 1.0
     return Seconds(layer * recomputed, head, update, sum(chosen))
@@ -85,43 +85,6 @@ def _first(lengths: list[int], tokens: int) -> list[int]:
             break
         chosen.append(min(length, room))
     return chosen
-
-
-def _layer_pass(config: RunConfig, arch: Architecture, lengths: list[int]) -> Callable[[], Any]:
-    layer = build_layer(config, arch)
-    fill(layer)
-    dtype = getattr(torch, config.base.dtype)
-    hidden = torch.randn(1, sum(lengths), arch.dim, dtype=dtype, requires_grad=True)
-    angles = torch.rand(1, sum(lengths), arch.head_dim, dtype=dtype)
-
-    def run() -> None:
-        with products(config, hidden.device.type):
-            output = layer(
-                hidden,
-                attention_mask=no_mask(hidden.device),
-                position_embeddings=(angles, angles),
-                document_lengths=lengths,
-            )
-        output.sum().backward()
-
-    return run
-
-
-def _head_pass(config: RunConfig, arch: Architecture, supervised: int) -> Callable[[], Any]:
-    dtype, trains = getattr(torch, config.base.dtype), config.adapter.method == "none"
-    hidden = torch.randn(supervised, arch.dim, dtype=dtype, requires_grad=True)
-    weight = torch.randn(arch.vocab_size, arch.dim, dtype=dtype, requires_grad=trains)
-    targets = torch.zeros(supervised, dtype=torch.int64)
-
-    def run() -> None:
-        with products(config, hidden.device.type):
-            if config.fast.loss:
-                losses = head_losses(hidden, weight, targets)
-            else:
-                losses = plain_losses(torch.nn.functional.linear(hidden, weight), targets)
-        losses.sum().backward()
-
-    return run
 
 
 def _timed_update(num_trained: int) -> float:

@@ -60,20 +60,24 @@ def this_machine() -> Device:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return Device(torch.cuda.get_device_name(0), "cuda", properties.total_memory, None)
-    return Device("cpu", "cpu", _memory_of_machine(), None)
+    return Device("cpu", "cpu", _within_limit(memory_of_machine()), None)
 
 
-def _memory_of_machine() -> int | None:
-    """MemTotal, or a container's limit where that is less; Linux only."""
+def memory_of_machine() -> int | None:
+    """MemTotal, in bytes; Linux only."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             line = next(line for line in file if line.startswith("MemTotal"))
     except OSError:
         return None
-    total = int(line.split()[1]) * 1024
+    return int(line.split()[1]) * 1024
+
+
+def _within_limit(total: int | None) -> int | None:
+    """A container's limit where that is less."""
     try:
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
             limit = file.read().strip()
     except OSError:
         return total
-    return min(total, int(limit)) if limit.isdigit() else total
+    return min(total, int(limit)) if total is not None and limit.isdigit() else total

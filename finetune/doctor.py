@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.devices import memory_of_machine
 from finetune.run_folder import environment
 
 
@@ -34,25 +35,17 @@ def examine() -> dict[str, Any]:
         }
         for index in range(torch.cuda.device_count())
     ]
+    memory = memory_of_machine()
     return {
         **environment(),
         "gpus": gpus,
-        "memory_gib": _memory_gib(),
+        "memory_gib": None if memory is None else round(memory / 2**30, 1),
         "bfloat16_units": torch.cuda.is_bf16_supported()
         if gpus
         else torch.cpu._is_avx512_bf16_supported(),
         "quantization": importlib.util.find_spec("bitsandbytes") is not None,
         "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
     }
-
-
-def _memory_gib() -> float | None:
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return None
-    kib = next(int(line.split()[1]) for line in text.splitlines() if line.startswith("MemTotal"))
-    return round(kib / 2**20, 1)
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:

@@ -20,14 +20,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 from finetune.config import RunConfig
+from finetune.config.adapter import SOFT_PROMPTS
 from finetune.fast.attention import as_on_gpu, no_mask, register
 from finetune.fast.blocks import speed_up
 from finetune.fast.head import head_losses, plain_losses
 from finetune.llama.architecture import Architecture, to_llama_config
 from finetune.methods import method_of
 from finetune.precision import uses_bf16_autocast
-
-_PROMPTS = ("prompt_tuning", "prefix_tuning")  # vectors before the text, not in a layer
 
 
 @dataclass(frozen=True)
@@ -53,23 +52,9 @@ def layer_footprint(
         device: `cpu` or `cuda`. Fake tensors of a GPU need a GPU; its kernels keep what those of
             the CPU keep, without the CPU's float32 copies for attention.
     """
-    tokens, layer = sum(lengths), build_layer(config, arch)
+    layer = build_layer(config, arch)
     with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu(device == "cuda"):
-        fill(layer)
-        dtype = getattr(torch, config.base.dtype)
-        hidden = torch.empty(1, tokens, arch.dim, dtype=dtype, requires_grad=True)
-        angles = torch.empty(1, tokens, arch.head_dim, dtype=dtype)
-
-        def run() -> torch.Tensor:
-            with products(config, device, "cpu"):
-                return layer(
-                    hidden,
-                    attention_mask=no_mask(hidden.device),
-                    position_embeddings=(angles, angles),
-                    document_lengths=lengths,
-                )
-
-        return _counted(run)
+        return _counted(layer_pass(layer, config, arch, lengths, device))
 
 
 def head_footprint(
@@ -77,19 +62,50 @@ def head_footprint(
 ) -> Footprint:
     """Of the head and the loss on a micro-batch's supervised tokens."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        dtype = getattr(torch, config.base.dtype)
-        hidden = torch.empty(supervised, arch.dim, dtype=dtype, requires_grad=True)
-        trains = config.adapter.method == "none"
-        weight = torch.empty(arch.vocab_size, arch.dim, dtype=dtype, requires_grad=trains)
-        targets = torch.zeros(supervised, dtype=torch.int64)
+        return _counted(head_pass(config, arch, supervised, device))
 
-        def run() -> torch.Tensor:
-            with products(config, device, "cpu"):
-                if config.fast.loss and not _has_wrapped_head(config, arch):
-                    return head_losses(hidden, weight, targets)
-                return plain_losses(torch.nn.functional.linear(hidden, weight), targets)
 
-        return _counted(run)
+def layer_pass(
+    layer: torch.nn.Module, config: RunConfig, arch: Architecture, lengths: list[int], device: str
+) -> Callable[[], torch.Tensor]:
+    """A forward pass of a layer of `build_layer`, on tensors as the mode around it makes them.
+
+    Args:
+        device: that would train; the tensors may lie on another.
+    """
+    _fill(layer)
+    dtype, tokens = getattr(torch, config.base.dtype), sum(lengths)
+    hidden = torch.randn(1, tokens, arch.dim, dtype=dtype, requires_grad=True)
+    angles = torch.rand(1, tokens, arch.head_dim, dtype=dtype)
+
+    def run() -> torch.Tensor:
+        with _products(config, device, hidden.device.type):
+            return layer(
+                hidden,
+                attention_mask=no_mask(hidden.device),
+                position_embeddings=(angles, angles),
+                document_lengths=lengths,
+            )
+
+    return run
+
+
+def head_pass(
+    config: RunConfig, arch: Architecture, supervised: int, device: str
+) -> Callable[[], torch.Tensor]:
+    """A forward pass of head and loss, likewise."""
+    dtype, trains = getattr(torch, config.base.dtype), config.adapter.method == "none"
+    hidden = torch.randn(supervised, arch.dim, dtype=dtype, requires_grad=True)
+    weight = torch.randn(arch.vocab_size, arch.dim, dtype=dtype, requires_grad=trains)
+    targets = torch.zeros(supervised, dtype=torch.int64)
+
+    def run() -> torch.Tensor:
+        with _products(config, device, hidden.device.type):
+            if config.fast.loss and not _has_wrapped_head(config, arch):
+                return head_losses(hidden, weight, targets)
+            return plain_losses(torch.nn.functional.linear(hidden, weight), targets)
+
+    return run
 
 
 def _has_wrapped_head(config: RunConfig, arch: Architecture) -> bool:
@@ -97,15 +113,10 @@ def _has_wrapped_head(config: RunConfig, arch: Architecture) -> bool:
     return config.adapter.method == "trainable_tokens" and arch.tie_word_embeddings
 
 
-def products(config: RunConfig, device: str, tensors: str | None = None) -> Any:
-    """The context of a forward pass: autocast where the config has it.
-
-    Args:
-        device: that would train.
-        tensors: the device of the tensors, where it is another.
-    """
+def _products(config: RunConfig, device: str, tensors: str) -> Any:
+    """The context of a forward pass: autocast where the config has it on `device`."""
     autocast = uses_bf16_autocast(config, device)
-    return torch.autocast(tensors or device, torch.bfloat16, enabled=autocast)
+    return torch.autocast(tensors, torch.bfloat16, enabled=autocast)
 
 
 def build_layer(config: RunConfig, arch: Architecture) -> Any:
@@ -115,7 +126,7 @@ def build_layer(config: RunConfig, arch: Architecture) -> Any:
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(llama_config).to(getattr(torch, config.base.dtype))
         layers, adapter, fast = model.model.layers, config.adapter, config.fast
-        if adapter.method != "none" and adapter.method not in _PROMPTS:
+        if adapter.method != "none" and adapter.method not in SOFT_PROMPTS:
             # initialisations look at numbers; a layer's memory does not depend on them
             plain = adapter.model_copy(update={"init": type(adapter).model_fields["init"].default})
             model.name_or_path = "base"  # else PEFT warns of a renaming
@@ -126,7 +137,7 @@ def build_layer(config: RunConfig, arch: Architecture) -> Any:
     return layers[0].train()
 
 
-def fill(layer: torch.nn.Module) -> None:
+def _fill(layer: torch.nn.Module) -> None:
     """Weights, fake where the mode around it is, in the place of those without memory."""
     for module in layer.modules():
         for name, parameter in module._parameters.items():

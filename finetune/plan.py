@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.budget import BYTES, Budget, budget_of
 from finetune.config import RunConfig
+from finetune.config.adapter import SOFT_PROMPTS
 from finetune.config.loader import load
 from finetune.devices import CONTEXT_BYTES, DEVICES, GIB, MFU, Device, this_machine
 from finetune.errors import InputError
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 # A process after its imports and the trainer's (`benchmarks.plan_check --size tiny`).
 LIBRARIES_BYTES = int(0.62 * GIB)
-SOFT_PROMPTS = ("prompt_tuning", "prefix_tuning")
 _SPARE = 0.05  # of the device's memory: the allocator's gaps
 
 

@@ -47,14 +47,9 @@ class Workload:
     num_steps: int | None
 
     def flops(self, budget: Budget, config: RunConfig) -> float:
-        """Of one device's step: 4 for each frozen weight and token, 6 for each trained one."""
-        counts, is_full = budget.parameters, config.adapter.method == "none"
-        blocks, head = counts.attention + counts.mlp, counts.head or counts.embedding
-        recomputed = 2 * blocks if config.train.activation_checkpointing else 0
-        factor = 6 if is_full else 4
-        per_token = factor * blocks + recomputed + (0 if is_full else 6 * budget.trainable)
+        """Of one device's step."""
         tokens, supervised = sum(self.usual_lengths), self.usual_supervised
-        return float(self.micro_batches * (tokens * per_token + supervised * factor * head))
+        return self.micro_batches * flops_of(budget, config, tokens, supervised)
 
     def as_json(self) -> dict[str, Any]:
         """What a plan shows of it."""
@@ -75,6 +70,20 @@ class Workload:
             f"{_USUAL_DOCUMENT} tokens, {self.supervised / sum(self.lengths):.0%} of them trained; "
             f"about {self.tokens_per_step:,.0f} tokens a step"
         ]
+
+
+def flops_of(budget: Budget, config: RunConfig, tokens: int, supervised: int) -> float:
+    """Of tokens that train: 4 for each frozen weight and token, 6 for each trained one.
+
+    The head works on supervised tokens alone; attention scores, norms and the optimizer count
+    nothing.
+    """
+    counts, is_full = budget.parameters, config.adapter.method == "none"
+    blocks, head = counts.attention + counts.mlp, counts.head or counts.embedding
+    recomputed = 2 * blocks if config.train.activation_checkpointing else 0
+    factor = 6 if is_full else 4
+    per_token = factor * blocks + recomputed + (0 if is_full else 6 * budget.trainable)
+    return float(tokens * per_token + supervised * factor * head)
 
 
 def workload_of(config: RunConfig, num_ranks: int, data: RunData | None = None) -> Workload:

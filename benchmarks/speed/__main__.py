@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks.speed import table
 from benchmarks.speed.workload import ROOT, SIZES, make
+from finetune.config import FastSection
 
 WARM = 3  # steps left out
 DTYPES = ("float32", "bfloat16")
@@ -34,7 +35,7 @@ ALLOCATORS = {
         "glibc.malloc.trim_threshold=17179869184"
     },
 }
-_OFF = ("attention", "lora", "pointwise", "loss")
+_OFF = tuple(f"fast.{part}=false" for part in FastSection.model_fields)
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ CONTENDERS = {
     "trl packed": Contender("trl_trainer"),
     "trl padded": Contender("trl_trainer", ("--padded",)),
     "torchtune packed": Contender("torchtune_trainer"),
-    **{f"ours without fast.{part}": Contender("ours", (f"fast.{part}=false",)) for part in _OFF},
-    "ours with nothing fast": Contender("ours", tuple(f"fast.{part}=false" for part in _OFF)),
+    **{f"ours without {off.split('=')[0]}": Contender("ours", (off,)) for off in _OFF},
+    "ours with nothing fast": Contender("ours", _OFF),
 }
 
 
@@ -121,22 +122,21 @@ def _interleaved(
 
 def _useful(folder: Path, args: argparse.Namespace) -> list[dict[str, float]]:
     """Tokens, supervised tokens and useful FLOPs of each packed step."""
-    from benchmarks.speed.roofline import useful_flops
     from benchmarks.speed.workload import config_of
-    from finetune.budget import num_adapter_parameters
+    from finetune.budget import budget_of
     from finetune.config import RunConfig
     from finetune.llama.architecture import architecture_of
+    from finetune.workload import flops_of
 
     size = SIZES[args.size]
-    arch = architecture_of(size.architecture)
     config = RunConfig.model_validate(config_of(folder, size, "bfloat16", "count"))
-    num_adapter = num_adapter_parameters(arch, config)
+    budget = budget_of(config, architecture_of(size.architecture))
     found = []
     for packs in json.loads((folder / "steps.json").read_text(encoding="utf-8"))[: args.steps]:
         documents = [document for pack in packs for document in pack]
         tokens = sum(len(ids) for ids, _ in documents)
         supervised = sum(label != -100 for _, labels in documents for label in labels)
-        flops = useful_flops(arch.num_parameters(), num_adapter, tokens, supervised)
+        flops = flops_of(budget, config, tokens, supervised)
         found.append({"tokens": tokens, "supervised": supervised, "flops": flops})
     return found
 

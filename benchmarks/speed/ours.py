@@ -5,25 +5,19 @@ python -m benchmarks.speed.ours --folder FOLDER --size 58m --dtype float32 --ste
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-from pathlib import Path
 
 import yaml
 
-from benchmarks.speed.recorder import Recorder
+from benchmarks.speed.recorder import Recorder, contender_parser
 from benchmarks.speed.workload import SIZES, config_of
 
 
 def main() -> int:
     """Trains, and writes what the run noted beside the recorder's own notes."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True)
+    parser = contender_parser(__doc__)
     parser.add_argument("--size", choices=SIZES, required=True)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", help="key=value for our config")
     args = parser.parse_args()
     from finetune.__main__ import main as run_verb

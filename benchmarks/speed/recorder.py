@@ -7,20 +7,23 @@ Every contender uses this one file, in its own environment; it needs torch and n
 
 from __future__ import annotations
 
+import argparse
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any
 
-_KIB_IN_MIB = 1024
+from benchmarks.peaks import memory_gib
 
 
-def memory_mib(name: str) -> float:
-    """VmRSS or VmHWM of this process."""
-    text = Path("/proc/self/status").read_text(encoding="utf-8")
-    found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
-    return int(found.group(1)) / _KIB_IN_MIB if found else 0.0
+def contender_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The arguments that every contender has."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--result", type=Path, required=True)
+    return parser
 
 
 class Recorder:
@@ -34,7 +37,7 @@ class Recorder:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
         self._result, self._ends = result, [time.perf_counter()]
-        self._after_imports = memory_mib("VmRSS")
+        self._after_imports = 1024 * memory_gib("self")["VmRSS"]
         register_optimizer_step_post_hook(self._note)
 
     def _note(self, *_: Any) -> None:
@@ -53,7 +56,7 @@ class Recorder:
         import torch
 
         seconds = [b - a for a, b in zip(self._ends, self._ends[1:], strict=False)]
-        memory = {"after_imports": self._after_imports, "peak": memory_mib("VmHWM")}
+        memory = {"after_imports": self._after_imports, "peak": 1024 * memory_gib("self")["VmHWM"]}
         if torch.cuda.is_available():
             memory = {"after_imports": 0.0, "peak": torch.cuda.max_memory_allocated() / 2**20}
         notes = {"seconds": seconds, "memory_mib": memory, **facts}

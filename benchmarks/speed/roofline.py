@@ -1,10 +1,7 @@
-"""What this machine can do at most: a matrix product, and the FLOPs that a LoRA step needs.
+"""What this machine can do at most: the rate of a matrix product.
 
-    useful FLOPs = tokens · (4 · weights of the blocks + 6 · adapter) + supervised · 4 · head
-
-A frozen weight is multiplied in the forward pass and for the gradient of its input (2 FLOPs each),
-an adapter's weight once more for its own. Attention scores, norms and the optimizer count nothing,
-and neither does padding, so that a share of 100 % cannot be reached.
+What a step needs is `finetune.workload.flops_of`; padding counts nothing, so that a share of 100 %
+cannot be reached.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ import argparse
 import json
 import statistics
 import time
-from typing import Any
 
 # rows, in, out: the MLP on a step's tokens, of the 58M base and of 8B
 SHAPES = {"cpu": (1024, 512, 1376), "cuda": (4096, 4096, 14336)}
@@ -36,18 +32,6 @@ def measured(dtype: str, seconds: float = 3.0) -> float:
             torch.cuda.synchronize()
         rates.append(10 * 2 * rows * width * out / (time.perf_counter() - began) / 1e9)
     return statistics.median(rates)
-
-
-def useful_flops(counts: Any, num_adapter: int, tokens: int, supervised: int) -> float:
-    """Of a step.
-
-    Args:
-        counts: the architecture's parameters by part.
-        num_adapter: trainable parameters.
-    """
-    blocks = counts.attention + counts.mlp
-    head = counts.head or counts.embedding  # a tied head is the embedding
-    return float(tokens * (4 * blocks + 6 * num_adapter) + supervised * 4 * head)
 
 
 if __name__ == "__main__":

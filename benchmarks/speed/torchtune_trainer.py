@@ -9,22 +9,15 @@ torchao 0.9.0). Its recipe clips nothing by default.
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.recorder import Recorder
+from benchmarks.speed.recorder import Recorder, contender_parser
 
 
 def main() -> int:
     """Trains on the packs of `steps.json` in their order."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--result", type=Path, required=True)
-    args = parser.parse_args()
+    args = contender_parser(__doc__).parse_args()
     import torch
     from safetensors.torch import load_file
     from torchtune.data import padded_collate_packed

@@ -5,25 +5,19 @@ python -m benchmarks.speed.trl_trainer --folder FOLDER --dtype float32 --steps 1
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
-from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.recorder import Recorder
+from benchmarks.speed.recorder import Recorder, contender_parser
 
 ROWS_IN_A_BATCH = 8  # of the padded run, about as many as two packs hold
 
 
 def main() -> int:
     """Trains on the packs of `steps.json` in their order."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--result", type=Path, required=True)
+    parser = contender_parser(__doc__)
     parser.add_argument("--padded", action="store_true")
     args = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")

@@ -199,5 +199,7 @@ def _write_steps(folder: Path, size: Size, tokenizer: Any) -> None:
 
 
 def _labelled(ids: Any, mask: Any) -> list[list[int]]:
-    labels = [int(i) if m and n else -100 for n, (i, m) in enumerate(zip(ids, mask, strict=True))]
-    return [[int(i) for i in ids], labels]
+    from finetune.fast.loss import pack
+
+    row = pack([(ids, mask)])
+    return [row.input_ids[0].tolist(), row.labels[0].tolist()]

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from benchmarks.speed import table
 from benchmarks.speed.__main__ import main
-from benchmarks.speed.roofline import measured, useful_flops
+from benchmarks.speed.roofline import measured
+from benchmarks.speed.workload import SIZES, config_of
+from finetune.budget import budget_of
+from finetune.config import RunConfig
 from finetune.llama.architecture import PRESETS
+from finetune.workload import flops_of
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory, shared_module):
+def result(tmp_path_factory, shared):
+    shared("data/alpaca_en_demo.json")
     folder = tmp_path_factory.mktemp("speed")
     options = ["--folder", str(folder), "--json", str(folder / "result.json"), "--size", "tiny"]
     options += ["--rounds", "1", "--steps", "5", "--dtype", "float32", "--allocator", "glibc"]
     names = ["ours", "trl packed", "trl padded", "ours with nothing fast"]
     assert main([*options, "--only", *names]) == 0
     return json.loads((folder / "result.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def shared_module():
-    from benchmarks.speed.workload import SHARED
-
-    if not (SHARED / "data" / "alpaca_en_demo.json").exists():
-        pytest.skip("the rows lie beside the clone")
 
 
 @pytest.mark.slow
@@ -74,8 +73,11 @@ def test_a_step_counts_with_its_better_round_and_the_first_ones_not_at_all():
 
 
 def test_useful_flops_are_four_a_frozen_weight_and_six_a_trained_one():
-    counts = PRESETS["llama3.2-1b"].num_parameters()
-    found = useful_flops(counts, 10, tokens=3, supervised=2)
+    arch = PRESETS["llama3.2-1b"]
+    counts = arch.num_parameters()
+    config = RunConfig.model_validate(config_of(Path(), SIZES["tiny"], "float32", "count"))
+    budget = replace(budget_of(config, arch), trainable=10)
+    found = flops_of(budget, config, tokens=3, supervised=2)
     assert found == 3 * (4 * (counts.attention + counts.mlp) + 60) + 8 * counts.embedding
 
 
