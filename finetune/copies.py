@@ -42,15 +42,18 @@ def heap_at_rest() -> Iterator[None]:
 
     Rows are a hundred thousand young objects, and every few of them the collector would walk all
     of the libraries, which in a copy also copies their memory: half of the time of a preparation.
+    What the caller has frozen stays so.
     """
-    thresholds = gc.get_threshold()
-    gc.freeze()
+    thresholds, frozen = gc.get_threshold(), gc.get_freeze_count()
+    if not frozen:
+        gc.freeze()
     gc.set_threshold(_YOUNG_OBJECTS, *thresholds[1:])
     try:
         yield
     finally:
         gc.set_threshold(*thresholds)
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -177,11 +178,14 @@ def test_a_core_is_left_for_this_process(monkeypatch):
         assert num_copies() == expected
 
 
-def test_the_collector_is_left_as_it_was():
-    import gc
-
-    before = gc.get_threshold()
-    with heap_at_rest():
-        assert gc.get_freeze_count() > 1000
-    assert gc.get_threshold() == before
-    assert gc.get_freeze_count() == 0
+@pytest.mark.parametrize("caller_froze", [True, False])
+def test_the_collector_is_left_as_it_was(caller_froze):
+    gc.freeze() if caller_froze else gc.unfreeze()
+    try:
+        before = gc.get_threshold()
+        with heap_at_rest():
+            assert gc.get_freeze_count() > 1000
+        assert gc.get_threshold() == before
+        assert (gc.get_freeze_count() > 1000) == caller_froze
+    finally:
+        gc.freeze()  # as the suite has it

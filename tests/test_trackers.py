@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import sqlite3
 
 import pytest
 from small_runs import Bench, heldout_lines, step_lines
@@ -58,20 +60,49 @@ def test_what_a_person_has_set_stands(tmp_path, monkeypatch):
 SETTINGS = ("train.max_steps=6", "train.logging_steps=2", "train.eval_steps=3")
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory, small_base):
-    """A run with TensorBoard, and what lies in its folder: {name: {step: value}}."""
-    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+def from_tensorboard(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            yield name, event.step, event.value
+
+
+def from_mlflow(run):
+    rows = sqlite3.connect(run / "mlflow.db").execute("select key, step, value from metrics")
+    for key, step, value in rows:
+        yield key.replace("eval_", "eval/") if "eval_" in key else f"train/{key}", step, value
+
+
+def from_trackio(run):
+    (file,) = (run / "trackio").glob("*.db")
+    for (line,) in sqlite3.connect(file).execute("select metrics from metrics"):
+        values = json.loads(line)
+        for name, value in values.items():
+            yield name, values["train/global_step"], value
+
+
+READERS = {"tensorboard": from_tensorboard, "mlflow": from_mlflow, "trackio": from_trackio}
+
+
+@pytest.fixture(scope="module", params=READERS)
+def told(request, tmp_path_factory, small_base):
+    """A run with a tracker, and what lies in its folder: {name: {step: value}}."""
+    tracker = request.param
+    if not trackers._is_installed(tracker):  # an import would fix the places it writes to
+        pytest.skip(f"the extra {tracker} is not installed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-        bench = Bench(tmp_path_factory.mktemp("tensorboard"), small_base)
-        run = bench.train(*SETTINGS, "train.report_to=tensorboard", "data.packing=false")
-        os.environ.pop("TENSORBOARD_LOGGING_DIR")
-    events = EventAccumulator(str(run.path / "tensorboard")).Reload()
-    scalars = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
-    return run, {name: {e.step: e.value for e in found} for name, found in scalars.items()}
+        for name in trackers._LOCAL[tracker]:
+            patch.delenv(name, raising=False)
+        bench = Bench(tmp_path_factory.mktemp(tracker), small_base)
+        run = bench.train(*SETTINGS, f"train.report_to={tracker}", "data.packing=false")
+        for name in trackers._LOCAL[tracker]:
+            os.environ.pop(name)
+    scalars: dict[str, dict[int, float]] = {}
+    for name, step, value in READERS[tracker](run.path):
+        scalars.setdefault(name, {})[step] = value
+    return run, scalars
 
 
 def test_the_training_loss_is_ours_over_the_tokens_of_the_steps_since(told):
