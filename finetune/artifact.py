@@ -80,12 +80,16 @@ def keep_to_oneself() -> None:
     os.umask(os.umask(0o077) | 0o022)
 
 
-def make_folder(path: Path) -> None:
-    """Makes a folder and what it lies in, so that a power cut does not take a new one away."""
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Makes a folder and what it lies in, so that a power cut does not take a new one away.
+
+    Args:
+        mode: who may open it, less what the umask takes; of this folder alone.
+    """
     if path.is_dir():
         return
     make_folder(path.parent)
-    path.mkdir(exist_ok=True)
+    path.mkdir(mode, exist_ok=True)
     _fsync(path.parent)
 
 

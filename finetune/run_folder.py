@@ -21,6 +21,7 @@ from finetune.drift import Change, changes_between, free_settings, refused, reme
 from finetune.errors import InputError
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors")
+_PRIVATE = 0o700  # rows of the data stand in what a run writes; whoever shares it says so by chmod
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def open_run(loaded: Loaded, allowed: Sequence[str] = ()) -> RunFolder:
                 other.unlink(missing_ok=True)
             if (run.path / "base").is_dir():  # random weights, of the other config
                 remove(run.path / "base")
-    make_folder(run.path)
+    make_folder(run.path, _PRIVATE)
     write_text(run.config_file, dump(loaded))
     return run
 

@@ -276,8 +276,12 @@ def test_padded_batches_of_plain_transformers_have_the_same_sums(
 
 
 def test_a_float64_model_is_scored_in_float64(tiny_llama):
+    """For every batch size, and by two ranks that score every other row (`_score_heldout`)."""
     documents, model = documents_of(), copy.deepcopy(tiny_llama()).double()
     one = score(model, documents, 1, CPU).loss_sum
+    shares = [score_rows(model, documents[rank::2], 2, CPU) for rank in (0, 1)]
+    of_two = total_of([row for share in shares for row in share]).loss_sum
+    assert of_two == pytest.approx(one, rel=HELDOUT_FLOAT64)
     for batch_size in (2, 7, 16):
         assert score(model, documents, batch_size, CPU).loss_sum == pytest.approx(
             one, rel=HELDOUT_FLOAT64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 
 import pytest
 from small_runs import write_rows
@@ -22,6 +23,14 @@ class TestOpening:
         text = run.config_file.read_text()
         assert "override" in text, "the origin of a value is said"
         assert (run.state(), run.is_finished) == ({}, False)
+
+    def test_nobody_else_may_look_until_the_owner_says_so(self, bench):
+        path = open_run(bench.load()).path
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+        path.chmod(0o755)
+        open_run(bench.load())
+        assert stat.S_IMODE(path.stat().st_mode) == 0o755
+        assert stat.S_IMODE(path.parent.stat().st_mode) & 0o700 == 0o700
 
     def test_the_same_config_opens_it_again(self, bench):
         path = open_run(bench.load()).path

@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks.faults import disks, signals, sweeps
 from benchmarks.faults.corruption import corrupted
 from benchmarks.faults.runs import Runs, import_all
+from benchmarks.faults.soak import Soak
 from finetune import artifact
 
 LONG = {"max_steps": 60, "save_steps": 7, "eval_steps": None}
@@ -30,7 +31,7 @@ LONG = {"max_steps": 60, "save_steps": 7, "eval_steps": None}
 
 SWEEPS = [
     *("kills", "refused-space", "refused-io", "read-only", "full-at-byte", "power"),
-    *("signals", "signals-twice", "random-kills", "damage"),
+    *("signals", "signals-twice", "random-kills", "damage", "soak"),
 ]
 
 
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where to keep the result")
     parser.add_argument("--step", type=int, default=1, help="only every so many points")
     parser.add_argument("--kills", type=int, default=50, help="random kills")
+    parser.add_argument("--pairs", type=int, default=200, help="random faults of every kind")
+    parser.add_argument("--seed", type=int, default=0, help="of the random faults")
     parser.add_argument("--only", nargs="*", choices=SWEEPS, default=SWEEPS)
     args = parser.parse_args(argv)
     shutil.rmtree(args.folder, ignore_errors=True)
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = artifact.read_json(args.json) if args.json and args.json.exists() else {"sweeps": []}
     outcomes = {outcome["name"]: outcome for outcome in kept["sweeps"]}
     failed = False
-    for outcome in run_all(args.folder, args.step, args.kills, args.only):
+    for outcome in run_all(args):
         print(f"{outcome['held']:5} of {outcome['tried']:5} {outcome['name']}", file=sys.stderr)
         for failure in outcome["failures"][:10]:
             print(f"      {failure}", file=sys.stderr)
@@ -59,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(failed)
 
 
-def run_all(folder: Path, step: int, kills: int, only: Sequence[str]) -> Iterator[dict[str, Any]]:
+def run_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Sweeps in turn, each with its date, its step and its time."""
+    folder, step = args.folder, args.step
     runs = _place(folder / "short")
     expected = sweeps.straight(runs)
     shutil.copytree(runs.run.checkpoints, folder / "sound")
@@ -81,12 +85,13 @@ def run_all(folder: Path, step: int, kills: int, only: Sequence[str]) -> Iterato
         lambda: sweeps.powerless(runs, expected, points),
         lambda: signals.signalled(quiet, undisturbed(), micro_batches),
         lambda: signals.signalled_twice(quiet, undisturbed(), step),
-        lambda: sweeps.killed_at_random(long, sweeps.straight(long), kills),
+        lambda: sweeps.killed_at_random(long, sweeps.straight(long), args.kills),
         lambda: corrupted(folder / "sound", folder / "damaged"),
+        lambda: Soak(quiet, undisturbed(), args.seed).run(args.pairs),
     ]
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     for name, part in zip(SWEEPS, parts, strict=True):
-        if name in only:
+        if name in args.only:
             began, found = time.monotonic(), part().as_json()
             seconds = round(time.monotonic() - began, 1)
             yield found | {"date": date, "step": step, "seconds": seconds}

@@ -18,7 +18,7 @@ from finetune import checkpoint
 def refused(runs: Runs, expected: Expected, points: Iterable[int], number: int) -> Outcome:
     """The disk says `number` (ENOSPC, EIO) once, at each of these; the run ends with 4, or well."""
     outcome = Outcome(f"{errno.errorcode[number]} at every file operation")
-    at = _refusing(runs, number, and_after=False)
+    at = refusing(runs, number, and_after=False)
     sweep(runs, expected, outcome, points, at, {0, 4})
     return outcome
 
@@ -29,11 +29,11 @@ def read_only(runs: Runs, expected: Expected, points: Iterable[int]) -> Outcome:
     The run ends with 4; or well, where only the removal of a temporary name that is gone is left.
     """
     outcome = Outcome("read-only from every file operation on")
-    sweep(runs, expected, outcome, points, _refusing(runs, errno.EROFS, and_after=True), {0, 4})
+    sweep(runs, expected, outcome, points, refusing(runs, errno.EROFS, and_after=True), {0, 4})
     return outcome
 
 
-def _refusing(runs: Runs, number: int, and_after: bool) -> Callable[[int], Callable[[], None]]:
+def refusing(runs: Runs, number: int, and_after: bool) -> Callable[[int], Callable[[], None]]:
     """Point -> what prepares a copy for a disk that says `number` there."""
 
     def fail(path: Path) -> None:

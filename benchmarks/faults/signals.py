@@ -18,7 +18,7 @@ from benchmarks.faults.sweeps import Count, Expected, Outcome, sweep
 def signalled(runs: Runs, expected: Expected, points: Iterable[int]) -> Outcome:
     """SIGTERM in each of these micro-batches: a checkpoint at the step's end, exit code 75."""
     outcome = Outcome("SIGTERM in every micro-batch")
-    sweep(runs, expected, outcome, points, lambda n: lambda: _signal_in(n), {75})
+    sweep(runs, expected, outcome, points, lambda n: lambda: signal_in(n), {75})
     return outcome
 
 
@@ -37,7 +37,7 @@ def signalled_twice(runs: Runs, expected: Expected, step: int) -> Outcome:
             from finetune import monitor
 
             monitor.SAME_REQUEST_SECONDS = 0.0  # a person waits longer, this sweep does not
-            _signal_in(0, Operations(runs.run.path.parent, reached).install)
+            signal_in(0, Operations(runs.run.path.parent, reached).install)
 
         return prepare
 
@@ -47,7 +47,7 @@ def signalled_twice(runs: Runs, expected: Expected, step: int) -> Outcome:
     return outcome
 
 
-def _signal_in(micro_batch: int, then: Callable[[], None] = lambda: None) -> None:
+def signal_in(micro_batch: int, then: Callable[[], None] = lambda: None) -> None:
     """This process gets SIGTERM in a micro-batch, and `then` is called."""
     from finetune.trainer import OurSeams
 

@@ -19,7 +19,7 @@ from benchmarks.faults.runs import Runs
 from finetune import artifact, checkpoint
 
 Expected = dict[str, Any]  # the result of the undisturbed run
-_CUT = 99  # the exit code of a copy whose power went
+CUT = 99  # the exit code of a copy whose power went
 
 
 @dataclass
@@ -57,63 +57,76 @@ def straight(runs: Runs) -> dict[str, Any]:
 
 def killed(runs: Runs, expected: Expected, points: Iterable[int]) -> Outcome:
     """SIGKILL before each of these file operations."""
-
-    def die(path: Path) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
     outcome = Outcome("killed at every file operation")
     sweep(runs, expected, outcome, points, lambda n: at_operation(runs, n, die), {-signal.SIGKILL})
     return outcome
 
 
+def die(path: Path) -> None:
+    """SIGKILL, wherever it is."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def powerless(runs: Runs, expected: Expected, points: Iterable[int]) -> Outcome:
     """The power goes at each of these; what was not fsynced is lost in three ways."""
     outcome = Outcome("power lost at every file operation")
-    root, images = runs.run.path.parent, runs.folder / "images"
-
-    def at(point: int) -> Callable[[], None]:
-        def prepare() -> None:
-            root.mkdir(exist_ok=True)
-            disk = Disk(root)
-            published = checkpoint.write_latest
-            acknowledged = runs.folder / "acknowledged"
-
-            def noted(folder: Path, number: int) -> None:
-                with open(acknowledged, "w", encoding="utf-8") as file:
-                    file.write(str(number))
-                published(folder, number)
-
-            checkpoint.write_latest = noted
-
-            def cut(number: int, kind: str, path: Path) -> None:
-                if number == point:
-                    for image in KINDS:
-                        disk.write_image(images / image, image, point)
-                    os._exit(_CUT)
-
-            Operations(root, cut, disk.after).install()
-
-        return prepare
-
     for point in points:
-        shutil.rmtree(root, ignore_errors=True)
-        shutil.rmtree(images, ignore_errors=True)
-        (runs.folder / "acknowledged").write_text("0", encoding="utf-8")
-        code = runs.attempt(at(point))
-        promised = int((runs.folder / "acknowledged").read_text(encoding="utf-8"))
+        shutil.rmtree(runs.run.path.parent, ignore_errors=True)
+        code, promised = power_cut(runs, point)
         for image in KINDS:
             outcome.tried += 1
-            if code != _CUT:
+            if code != CUT:
                 outcome.failures.append(f"operation {point}: exit code {code}")
                 continue
-            shutil.rmtree(root, ignore_errors=True)
-            shutil.copytree(images / image, root)
-            sound = [p for p in _listed(runs) if not artifact.findings_of(p)]
-            newest = int(sound[-1].name.removeprefix("step-")) if sound else 0
-            lost = [f"step {promised} was published, step {newest} is left"]
-            wrong = lost if newest < promised else []
-            _go_on(runs, expected, f"operation {point}, {image}", outcome, wrong)
+            wrong = power_back(runs, image, promised)
+            go_on(runs, expected, f"operation {point}, {image}", outcome, wrong)
     return outcome
+
+
+def power_cut(runs: Runs, point: int) -> tuple[int, int]:
+    """A start whose power goes at a file operation; images of the disk are left.
+
+    Returns:
+        Its exit code, and the newest step that `latest.json` was about to name.
+    """
+    root, images = runs.run.path.parent, runs.folder / "images"
+    acknowledged = runs.folder / "acknowledged"
+
+    def prepare() -> None:
+        root.mkdir(exist_ok=True)
+        disk = Disk(root)
+        published = checkpoint.write_latest
+
+        def noted(folder: Path, number: int) -> None:
+            with open(acknowledged, "w", encoding="utf-8") as file:
+                file.write(str(number))
+            published(folder, number)
+
+        checkpoint.write_latest = noted
+
+        def cut(number: int, kind: str, path: Path) -> None:
+            if number == point:
+                for image in KINDS:
+                    disk.write_image(images / image, image, point)
+                os._exit(CUT)
+
+        Operations(root, cut, disk.after).install()
+
+    shutil.rmtree(images, ignore_errors=True)
+    acknowledged.write_text("0", encoding="utf-8")
+    code = runs.attempt(prepare)
+    return code, int(acknowledged.read_text(encoding="utf-8"))
+
+
+def power_back(runs: Runs, image: str, promised: int) -> list[str]:
+    """The disk is as one of the images; what was published and is no longer there."""
+    root = runs.run.path.parent
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(runs.folder / "images" / image, root)
+    sound = [p for p in listed(runs) if not artifact.findings_of(p)]
+    newest = int(sound[-1].name.removeprefix("step-")) if sound else 0
+    lost = [f"step {promised} was published, step {newest} is left"]
+    return lost if newest < promised else []
 
 
 def killed_at_random(runs: Runs, expected: Expected, kills: int) -> Outcome:
@@ -132,7 +145,7 @@ def killed_at_random(runs: Runs, expected: Expected, kills: int) -> Outcome:
             landed += code == -signal.SIGKILL
         outcome.tried += landed
         lengths.append(landed)
-        _go_on(runs, expected, f"chain {len(lengths)} of {landed}", outcome, [])
+        go_on(runs, expected, f"chain {len(lengths)} of {landed}", outcome, [])
     outcome.notes["kills in a chain"] = lengths
     return outcome
 
@@ -153,7 +166,7 @@ def sweep(
         codes[str(code)] += 1
         outcome.tried += 1
         wrong = [] if code in ends_with else [f"exit code {code}"]
-        _go_on(runs, expected, f"point {point}", outcome, wrong)
+        go_on(runs, expected, f"point {point}", outcome, wrong)
     outcome.notes["exit codes"] = dict(codes)
 
 
@@ -169,13 +182,14 @@ def at_operation(
     return lambda: Operations(runs.run.path.parent, reached).install()
 
 
-def _listed(runs: Runs) -> list[Path]:
+def listed(runs: Runs) -> list[Path]:
+    """Published checkpoints, oldest first."""
     return checkpoint.list_checkpoints(runs.run.checkpoints)
 
 
-def _go_on(runs: Runs, expected: Expected, where: str, outcome: Outcome, wrong: list[str]) -> None:
+def go_on(runs: Runs, expected: Expected, where: str, outcome: Outcome, wrong: list[str]) -> None:
     """Nothing half is listed; started again, the run ends where the undisturbed one does."""
-    wrong += [finding for path in _listed(runs) for finding in artifact.findings_of(path)]
+    wrong += [finding for path in listed(runs) for finding in artifact.findings_of(path)]
     code = runs.attempt()
     if code != 0:
         wrong.append(f"started again: exit code {code}")

@@ -27,6 +27,7 @@ SWEEPS = {  # the least points of each, at every 43rd and at every 131st
     "SIGTERM again at every file operation after the first": (1, 1),
     "killed at random times, chained": (1, 1),
     "damaged checkpoints": (300, 100),
+    "faults at random, chained": (6, 2),
 }
 
 
@@ -37,6 +38,7 @@ def sweeps(request, tmp_path_factory):
     command = [sys.executable, "-m", "benchmarks.faults", "--folder", str(folder / "work")]
     options = ["--json", str(folder / "result.json"), "--step", request.param]
     options += ["--kills", "2" if request.param == "43" else "1"]
+    options += ["--pairs", "6" if request.param == "43" else "2"]
     subprocess.run([*command, *options], cwd=ROOT, check=False, capture_output=True)
     result = json.loads((folder / "result.json").read_text())
     return {sweep["name"]: sweep for sweep in result["sweeps"]} | {"step": request.param}

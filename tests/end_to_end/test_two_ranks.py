@@ -95,6 +95,7 @@ def test_heldout_losses_are_those_of_one_process(one, two):
         return {line["step"]: line["heldout_loss"] for line in lines if "heldout_loss" in line}
 
     assert list(held(two)) == [0, 5, 8]
+    assert held(two)[0] == pytest.approx(held(one)[0], rel=tolerances.HELDOUT_PADDED)
     assert held(two) == pytest.approx(held(one), rel=1e-5)
 
 
@@ -183,11 +184,13 @@ def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(bench):
 # A launch in which one rank is disturbed at a moment of its own: (rank, what is wrapped, at which
 # call of it, what happens).
 DISTURBED = """\
-import errno, itertools, os, signal, sys
+import errno, itertools, os, signal, sys, time
 sys.path.insert(0, {root!r})
 from finetune import artifact, checkpoint, trainer
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
+def wait():
+    time.sleep(15)
 def fill_the_disk():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 rank, owner, name, at, happens = {fault}
@@ -208,18 +211,32 @@ FAULTS = {
 }
 
 
+def launch_disturbed(bench, tmp_path, fault):
+    """The run, its name and how it ended; the time limit is `launch`'s."""
+    program = tmp_path / "disturbed.py"
+    program.write_text(DISTURBED.format(root=str(ROOT), fault=fault))
+    name = f"run.name={tmp_path.name}"
+    settings = (str(bench.config_file), *SETTINGS, *RANKS, name)
+    return bench.run_folder(name), name, launch(*TWO[:-1], str(program), *settings)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_only_slow_changes_nothing(bench, two, tmp_path):
+    fault = '("1", trainer.OurSeams, "compute_loss", 5, wait)'
+    run, _, done = launch_disturbed(bench, tmp_path, fault)
+    assert done.returncode == 0, done.stderr
+    assert max(line["seconds"] for line in step_lines(run)) > 15, "it was waited for"
+    assert same_bits(adapter_tensors(run), adapter_tensors(two))
+    assert losses(run) == losses(two)
+
+
 @pytest.mark.parametrize(
     "fault", [name if n == 0 else pytest.param(name, marks=pytest.mark.slow)
               for n, name in enumerate(FAULTS)]
 )  # fmt: skip
 def test_what_ends_one_rank_ends_both_and_loses_nothing(bench, two, tmp_path, fault):
     """No hang, no exit code 0; the same command then ends where the undisturbed run does."""
-    program = tmp_path / "disturbed.py"
-    program.write_text(DISTURBED.format(root=str(ROOT), fault=FAULTS[fault]))
-    name = f"run.name={tmp_path.name}"
-    settings = (str(bench.config_file), *SETTINGS, *RANKS, name)
-    done = launch(*TWO[:-1], str(program), *settings)  # the time limit is `launch`'s
-    run = bench.run_folder(name)
+    run, name, done = launch_disturbed(bench, tmp_path, FAULTS[fault])
     assert done.returncode != 0
     assert not run.is_finished
     if "disk" in fault:
