@@ -85,6 +85,7 @@ def train(loaded: Loaded, allowed: Sequence[str] = ()) -> int:
 def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> list[str]:
     """The stages in their order. Returns what a person should know of how training ended."""
     from finetune import checkpoint, fit, resume, stages
+    from finetune.fast.allocator import keep_freed_memory
     from finetune.monitor import Progress, StepMetrics, StopAtBoundary, stop_on_signals
     from finetune.recipes import RECIPES
     from finetune.watchdog import frozen_checksums, refuse_changed
@@ -106,6 +107,8 @@ def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> list[str]:
         keep = config.train.save_total_limit + config.train.load_best_model_at_end
         checkpoint.refuse_small_disk(model, config.train.optim, keep, run.path)
     resumed = resume.choose_checkpoint(parts, run, is_first_rank(), allowed)
+    if config.fast.allocator and trainer.args.device.type == "cpu":
+        keep_freed_memory()
     with stop_on_signals() as flag:
         stop = StopAtBoundary(flag)
         trainer.add_callback(stop)

@@ -35,7 +35,8 @@ ALLOCATORS = {
         "glibc.malloc.trim_threshold=17179869184"
     },
 }
-_OFF = tuple(f"fast.{part}=false" for part in FastSection.model_fields)
+_OURS = ("fast.allocator=false",)  # every contender gets the same
+_OFF = tuple(f"fast.{part}=false" for part in FastSection.model_fields if part != "allocator")
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,14 @@ class Contender:
 
 
 CONTENDERS = {
-    "ours": Contender("ours"),
-    "ours in nf4": Contender("ours", ("base.quantization=nf4",)),
+    "ours": Contender("ours", _OURS),
+    "ours as shipped": Contender("ours"),  # differs where the allocator is glibc's
+    "ours in nf4": Contender("ours", ("base.quantization=nf4", *_OURS)),
     "trl packed": Contender("trl_trainer"),
     "trl padded": Contender("trl_trainer", ("--padded",)),
     "torchtune packed": Contender("torchtune_trainer"),
-    **{f"ours without {off.split('=')[0]}": Contender("ours", (off,)) for off in _OFF},
-    "ours with nothing fast": Contender("ours", _OFF),
+    **{f"ours without {off.split('=')[0]}": Contender("ours", (off, *_OURS)) for off in _OFF},
+    "ours with nothing fast": Contender("ours", (*_OFF, *_OURS)),
 }
 
 

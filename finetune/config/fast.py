@@ -26,3 +26,7 @@ class FastSection(Section):
     loss: bool = True
     """Head and cross entropy in blocks of tokens, each block's gradient made with its loss; false:
     all logits of the supervised tokens are held."""
+
+    allocator: bool = True
+    """On a CPU with glibc, memory that a step freed is kept for the next one; false: glibc's own
+    ways. Settings of glibc in the environment stand in any case. Not a number changes."""
