@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from finetune.config import RunConfig
+from finetune.fast.allocator import keep_freed_memory
 from finetune.footprint import build_layer, head_pass, layer_pass
 from finetune.llama.architecture import Architecture
 
@@ -61,6 +62,8 @@ def measure(
         supervised: its trained tokens.
         num_trained: parameters that train.
     """
+    if config.fast.allocator and device == "cpu":
+        keep_freed_memory()  # as `train` does
     tokens = sum(lengths)
     counts = arch.num_parameters()
     per_token = 4 * (counts.attention + counts.mlp) / arch.n_layers
