@@ -50,8 +50,8 @@ def _collects_little():
 def _keep_imported() -> None:
     """Takes what is alive out of the garbage collector's sight.
 
-    Every training starts with `gc.collect()` (accelerate), which walks through the million objects
-    of torch, transformers and pytest: a third of the time of a run of three steps.
+    Every training starts with `gc.collect()` (accelerate), which walks through half a million
+    objects of torch, transformers and pytest: a fifth of the time of a run of three steps.
     """
     gc.collect()
     gc.freeze()

@@ -27,12 +27,12 @@ from benchmarks.faults.sweeps import (
     at_operation,
     die,
     go_on,
-    listed,
     num_operations,
     power_back,
     power_cut,
+    seconds_of,
+    sound,
 )
-from finetune import artifact
 
 _STARTS = ("killed", "ENOSPC", "EDQUOT", "EIO", "EROFS", "power lost", "signalled", "killed later")
 _BETWEEN = ("damaged", "clock back")
@@ -45,17 +45,12 @@ class Soak:
     Args:
         runs: the run.
         expected: the result of the undisturbed one.
-        seed: of all draws; a chain draws from `seed` and its number alone, so that it can be made
-            again by itself.
+        seed: of all draws; a chain draws from `seed` and its number alone.
     """
 
     def __init__(self, runs: Runs, expected: Expected, seed: int = 0) -> None:
         self._runs, self._expected, self._seed = runs, expected, seed
-        self._operations = num_operations(runs)
-        began = time.monotonic()
-        shutil.rmtree(runs.run.path, ignore_errors=True)
-        assert runs.attempt() == 0
-        self._seconds = time.monotonic() - began
+        self._operations, self._seconds = num_operations(runs), seconds_of(runs)
 
     def run(self, pairs: int) -> Outcome:
         """Chains until so many faults have struck."""
@@ -112,8 +107,8 @@ class Soak:
 
     def _between(self, fault: str, chance: random.Random) -> list[str]:
         """Done to the run folder while nobody runs; empty where there is nothing to do it to."""
-        checkpoints = [p for p in listed(self._runs) if not artifact.findings_of(p)]
         if fault == "damaged":
+            checkpoints = sound(self._runs)
             if len(checkpoints) < 2:  # the last sound one: an error, and rightly so
                 return []
             path = chance.choice(sorted(checkpoints[-1].iterdir()))

@@ -123,8 +123,8 @@ def power_back(runs: Runs, image: str, promised: int) -> list[str]:
     root = runs.run.path.parent
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(runs.folder / "images" / image, root)
-    sound = [p for p in listed(runs) if not artifact.findings_of(p)]
-    newest = int(sound[-1].name.removeprefix("step-")) if sound else 0
+    left = sound(runs)
+    newest = int(left[-1].name.removeprefix("step-")) if left else 0
     lost = [f"step {promised} was published, step {newest} is left"]
     return lost if newest < promised else []
 
@@ -133,10 +133,7 @@ def killed_at_random(runs: Runs, expected: Expected, kills: int) -> Outcome:
     """SIGKILL at random times, each on the run that goes on from the last, in as many chains as it
     takes; a chain ends with a run that is left alone."""
     outcome = Outcome("killed at random times, chained")
-    shutil.rmtree(runs.run.path, ignore_errors=True)
-    began = time.monotonic()
-    assert runs.attempt() == 0
-    usual, chance, lengths = time.monotonic() - began, random.Random(0), []
+    usual, chance, lengths = seconds_of(runs), random.Random(0), []
     while outcome.tried < kills:
         shutil.rmtree(runs.run.path, ignore_errors=True)
         landed = 0
@@ -185,6 +182,19 @@ def at_operation(
 def listed(runs: Runs) -> list[Path]:
     """Published checkpoints, oldest first."""
     return checkpoint.list_checkpoints(runs.run.checkpoints)
+
+
+def sound(runs: Runs) -> list[Path]:
+    """Those of them that verify."""
+    return [path for path in listed(runs) if not artifact.findings_of(path)]
+
+
+def seconds_of(runs: Runs) -> float:
+    """How long the undisturbed run takes."""
+    shutil.rmtree(runs.run.path, ignore_errors=True)
+    began = time.monotonic()
+    assert runs.attempt() == 0
+    return time.monotonic() - began
 
 
 def go_on(runs: Runs, expected: Expected, where: str, outcome: Outcome, wrong: list[str]) -> None:

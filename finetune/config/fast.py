@@ -8,8 +8,8 @@ from finetune.config.section import Section
 class FastSection(Section):
     """Parts of the training step, each to be switched off for a comparison.
 
-    They compute what their twins compute, in another order of sums: equal to rounding, not to the
-    bit. Evaluation, merge and export never use them, except for attention."""
+    Those of the model compute what their twins compute, in another order of sums: equal to
+    rounding, not to the bit. Evaluation, merge and export never use them, except for attention."""
 
     attention: bool = True
     """Attention within each packed document, without a mask over the row; false: torch's attention

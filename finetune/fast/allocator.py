@@ -10,22 +10,21 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Mapping
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT = 2**31 - 1  # mallopt takes an int
 # The larger first: glibc before 2.36 refuses more than half of a heap.
 _SMALLER_THAN = (1 << 30, 32 << 20)
-_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
-def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
+def keep_freed_memory() -> bool:
     """Tells glibc to keep what is freed; its own settings in the environment stand.
 
     Returns:
         Whether it does now: not where the allocator is another one, or was chosen by the user.
     """
-    if sys.platform != "linux" or any(environment.get(name) for name in _VARIABLES):
+    if sys.platform != "linux" or any(os.environ.get(name) for name in VARIABLES):
         return False
     try:
         libc = ctypes.CDLL("libc.so.6")
