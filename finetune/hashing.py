@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+_WAITING_BYTES = 32 << 20
 
 
 class BackgroundSha256:
     """The sha256 of a stream of buffers, computed by a thread of its own.
 
-    A buffer must not change after `update`. At most one waits, so that memory stays bounded.
+    A buffer must not change after `update`. Those that wait hold 32 MiB at most, or are one.
 
     Args:
-        first: called with each buffer by that thread before it is hashed, such as a file's
+        beside: called with each buffer by another thread at the same time, such as a file's
             `write`; what it raises comes out of the next call.
     """
 
-    def __init__(self, first: Callable[[Any], object] | None = None) -> None:
+    def __init__(self, beside: Callable[[Any], object] | None = None) -> None:
         self._digest = hashlib.sha256()
-        self._first = first
-        self._pool = ThreadPoolExecutor(max_workers=1)
-        self._pending: Future[None] | None = None
+        works = [self._digest.update, *([beside] if beside else [])]
+        self._threads = [(work, ThreadPoolExecutor(max_workers=1)) for work in works]
+        self._pending: deque[tuple[int, list[Future[object]]]] = deque()
+        self._num_bytes = 0  # of those that wait
 
     def __enter__(self) -> BackgroundSha256:
         return self
@@ -32,8 +36,11 @@ class BackgroundSha256:
 
     def update(self, content: Any) -> None:
         """Adds bytes, or anything that gives its memory."""
-        self._wait()
-        self._pending = self._pool.submit(self._take, content)
+        size = memoryview(content).nbytes
+        self._wait(max(_WAITING_BYTES - size, 0))
+        works = [thread.submit(work, content) for work, thread in self._threads]
+        self._pending.append((size, works))
+        self._num_bytes += size
 
     def hexdigest(self) -> str:
         """The hash of everything so far."""
@@ -41,15 +48,14 @@ class BackgroundSha256:
         return self._digest.hexdigest()
 
     def close(self) -> None:
-        """Ends the thread."""
-        self._pool.shutdown()
+        """Ends the threads."""
+        for _, thread in self._threads:
+            thread.shutdown()
 
-    def _take(self, content: Any) -> None:
-        if self._first is not None:
-            self._first(content)
-        self._digest.update(content)
-
-    def _wait(self) -> None:
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+    def _wait(self, most: int = 0) -> None:
+        """Until those that wait hold so many bytes at most."""
+        while self._num_bytes > most:
+            size, works = self._pending.popleft()
+            self._num_bytes -= size
+            for work in works:
+                work.result()

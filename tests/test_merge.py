@@ -343,7 +343,8 @@ class TestProof:
     def test_every_matrix_is_wrong(self, copy, types, monkeypatch, capsys, name):
         """Where updates are small, most entries of a low precision round to what they were."""
         run = copy(f"base.dtype={types[0]}", "train.learning_rate=1e-4")
-        monkeypatch.setattr(LowRank, "apply", self.MUTATIONS[name])
+        wrong = self.MUTATIONS[name]
+        monkeypatch.setattr(LowRank, "apply", lambda u, w, dtype: wrong(u, w).to(dtype))
         self.refused(run, types[1], capsys)
 
     @pytest.mark.parametrize("name", ["B is zero", "scale twice"])
@@ -352,11 +353,11 @@ class TestProof:
         shape, right = (128, 512), LowRank.apply
         seen = []
 
-        def apply(update, weight):
+        def apply(update, weight, dtype):
             if tuple(weight.shape) == shape and not seen:  # the first down_proj
                 seen.append(shape)
-                return self.MUTATIONS[name](update, weight)
-            return right(update, weight)
+                return self.MUTATIONS[name](update, weight).to(dtype)
+            return right(update, weight, dtype)
 
         monkeypatch.setattr(LowRank, "apply", apply)
         self.refused(run, types[1], capsys)

@@ -96,14 +96,11 @@ def tiktoken_ranks(tokenizer: PreTrainedTokenizerFast) -> dict[bytes, int] | Non
         return None
     if not _splits_as_llama3(backend.pre_tokenizer):
         return None
-    byte_of = {letter: byte for byte, letter in byte_letters().items()}
-    try:
-        ranks = {
-            bytes(byte_of[letter] for letter in piece): rank
-            for piece, rank in backend.get_vocab(with_added_tokens=False).items()
-        }
-    except KeyError:  # a piece that is not spelled in byte letters
-        return None
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    byte_of = {ord(letter): byte for byte, letter in byte_letters().items()}
+    if not byte_of.keys() >= {ord(letter) for letter in set().union(*vocabulary)}:
+        return None  # a piece that is not spelled in byte letters
+    ranks = {piece.translate(byte_of).encode("latin-1"): r for piece, r in vocabulary.items()}
     return ranks if all(bytes([byte]) in ranks for byte in range(256)) else None
 
 

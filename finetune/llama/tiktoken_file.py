@@ -68,7 +68,7 @@ def read_tiktoken(
     letters = byte_letters()
 
     def spelled(piece: bytes) -> str:
-        return "".join(letters[byte] for byte in piece)
+        return piece.decode("latin-1").translate(letters)
 
     pairs = ordered_merges(((piece, float(rank)) for piece, rank in ranks.items()), ranks)
     tokenizer = Tokenizer(

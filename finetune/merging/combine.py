@@ -70,14 +70,14 @@ class Combined:
         a = self._added([update.a for update in self.updates], signed, pruned)
         return a, self._added([update.b for update in self.updates], roots, pruned)
 
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """W + B·A in a float32 buffer; the sum is rounded once, so opposed weights may cancel."""
+    def apply(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """W + B·A; the sum is rounded to float32 at its end, so opposed weights may cancel."""
         a, b = (factor.double() for factor in self.factors())
-        merged = torch.empty(weight.shape, dtype=torch.float32)
+        merged = torch.empty(weight.shape, dtype=dtype)
         step = max(_BLOCK_ENTRIES // weight.shape[1], 1)
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
-            merged[rows] = torch.addmm(weight[rows].double(), b[rows], a)
+            merged[rows] = torch.addmm(weight[rows].double(), b[rows], a).float()
         return merged
 
     def _pruned(self) -> _Pruned:

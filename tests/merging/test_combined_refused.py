@@ -145,9 +145,9 @@ class TestProof:
         right = Combined.apply
         seen = []
 
-        def apply(update, weight):
+        def apply(update, weight, dtype):
             seen.append(update.module)
-            return interrupted() if len(seen) == 5 else right(update, weight)
+            return interrupted() if len(seen) == 5 else right(update, weight, dtype)
 
         monkeypatch.setattr(Combined, "apply", apply)
         assert "interrupted" in merged("one", add=[("two", 0.5)], code=75)
