@@ -23,6 +23,10 @@ class FastSection(Section):
     pointwise: bool = True
     """RMSNorm, rotary embedding and SwiGLU as one function each; false: transformers' own."""
 
+    last_layer: bool = True
+    """Behind the last layer's attention only the tokens that the loss reads go on; false: all of
+    them. Where dropout is drawn in that layer, all do in any case."""
+
     loss: bool = True
     """Head and cross entropy in blocks of tokens, each block's gradient made with its loss; false:
     all logits of the supervised tokens are held."""

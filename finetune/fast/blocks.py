@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
+    LlamaDecoderLayer,
     LlamaMLP,
     LlamaRMSNorm,
     apply_rotary_pos_emb,
@@ -32,14 +33,20 @@ def speed_up(model: torch.nn.Module, parts: FastSection) -> None:
         model: a Llama on `document_attention`, with or without an adapter; changed in place.
     """
     ours: dict[type, Callable[..., Any]] = {}
-    if parts.lora or parts.pointwise:
+    if parts.lora or parts.pointwise or parts.last_layer:
         ours |= {LlamaAttention: _attention, LlamaMLP: _mlp}
     if parts.pointwise:
         ours[LlamaRMSNorm] = _norm
-    for module in model.modules():
-        if type(module) in ours:
-            forward = _while_gradients_are_recorded(ours[type(module)], parts)
-            module.forward = types.MethodType(forward, module)
+    modules: list[Any] = [module for module in model.modules() if type(module) in ours]
+    for module in modules:
+        _replace(module, ours[type(module)], parts)
+    layers = [module for module in model.modules() if type(module) is LlamaDecoderLayer]
+    if parts.last_layer and layers:
+        _replace(layers[-1], _last_layer, parts)
+
+
+def _replace(module: Any, ours: Callable[..., Any], parts: FastSection) -> None:
+    module.forward = types.MethodType(_while_gradients_are_recorded(ours, parts), module)
 
 
 def _while_gradients_are_recorded(ours: Callable[..., Any], parts: FastSection) -> Any:
@@ -65,9 +72,10 @@ def _attention(
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | None = None,
     past_key_values: None = None,
+    kept: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As `LlamaAttention.forward` of transformers 5.23, without a cache."""
+    """As `LlamaAttention.forward` of transformers 5.23, without a cache; of the `kept` tokens."""
     heads = (*hidden_states.shape[:-1], -1, self.head_dim)
     layers = (self.q_proj, self.k_proj, self.v_proj)
     q, k, v = (y.view(heads).transpose(1, 2) for y in _together(hidden_states, parts, layers))
@@ -80,7 +88,36 @@ def _attention(
         self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
     )
     rows = attended.reshape(*hidden_states.shape[:-1], -1)
+    rows = rows if kept is None else rows[:, kept]
     return _together(rows, parts, (self.o_proj,))[0], None
+
+
+def _last_layer(
+    self: Any,
+    parts: FastSection,
+    hidden_states: torch.Tensor,
+    *,
+    read: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """As `LlamaDecoderLayer.forward`; tokens that nobody reads come out as zeros.
+
+    Args:
+        read: (tokens,) places in the row that the loss reads; None for all.
+    """
+    if read is None or _has_dropout(self) or _has_other_attention(self.self_attn):
+        result: torch.Tensor = type(self).forward(self, hidden_states, **kwargs)
+        return result
+    attended, _ = self.self_attn(self.input_layernorm(hidden_states), kept=read, **kwargs)
+    rows = hidden_states[:, read] + attended
+    rows = rows + self.mlp(self.post_attention_layernorm(rows))
+    return torch.zeros_like(hidden_states, dtype=rows.dtype).index_copy(1, read, rows)
+
+
+def _has_dropout(module: torch.nn.Module) -> bool:
+    """Whether random numbers are drawn: for fewer tokens they would be others."""
+    dropouts = (m for m in module.modules() if isinstance(m, torch.nn.Dropout))
+    return any(m.p > 0 and m.training for m in dropouts)
 
 
 def _mlp(self: Any, parts: FastSection, x: torch.Tensor) -> torch.Tensor:

@@ -116,7 +116,7 @@ class _Projections(torch.autograd.Function):
             for h, (weight, _, up), s in zip(hidden, triples, scalings, strict=True):
                 y = torch.mm(flat, weight.to(dtype).t())
                 y.addmm_(h, up.to(dtype).t(), alpha=s)
-                outputs.append(y.view(*x.shape[:-1], -1))
+                outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
         ctx.dtype, ctx.scalings, ctx.shape, ctx.x_dtype = dtype, scalings, x.shape, x.dtype
         ctx.save_for_backward(flat, *inputs, *hidden, *weights)
         return tuple(outputs)

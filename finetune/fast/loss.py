@@ -121,6 +121,7 @@ def supervised_logits(model: torch.nn.Module, packed: Packed, dense: bool = Fals
         attention_mask=document_mask(lengths, device) if dense else no_mask(device),
         document_lengths=None if dense else lengths,
         logits_to_keep=positions,
+        read=positions,  # the last layer needs no more of its tokens
         use_cache=False,
     ).logits[0]
 

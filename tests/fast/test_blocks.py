@@ -16,7 +16,7 @@ from finetune.fast.blocks import speed_up
 from finetune.fast.loss import pack, token_losses
 
 ALL = [*("q_proj", "k_proj", "v_proj", "o_proj"), *("gate_proj", "up_proj", "down_proj")]
-OFF = FastSection(attention=False, lora=False, pointwise=False, loss=False)
+OFF = FastSection(attention=False, lora=False, pointwise=False, last_layer=False, loss=False)
 PARTS = [name for name in FastSection.model_fields if name != "allocator"]  # of the model
 DOCUMENTS = [
     ([5, 40, 41, 42, 2, 43], [False, False, True, True, True, False]),
@@ -115,6 +115,20 @@ def test_adapters_on_some_layers_and_of_other_kinds(tiny_llama, settings):
 def test_all_weights_may_train(tiny_llama):
     model = copy.deepcopy(tiny_llama("llama3.2-1b")).train()
     assert distance(*both(model, FastSection())) < FAST_GRADIENT_FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_rows"), [({}, 3 + 30), ({"lora_dropout": 0.3}, 42)], ids=["plain", "dropout"]
+)
+def test_the_last_layer_goes_on_with_what_the_loss_reads(tiny_llama, settings, num_rows):
+    """Of 42 tokens 33 are supervised; where dropout is drawn, all go on."""
+    model = with_adapter(tiny_llama(), **settings)
+    speed_up(model, FastSection())
+    rows = []
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
+    losses_and_gradients(model, FastSection())
+    assert rows == [42] * (len(rows) - 1) + [num_rows]
 
 
 def test_gradients_add_up_over_micro_batches(tiny_llama):
