@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     not Path("/proc/self/fd").exists(), reason="finds the names of open files in /proc"
 )
 
-SWEEPS = {  # the least points of each, at every 43rd and at every 131st
+SWEEPS = {  # the least points of each, at every 43rd and at every 141st
     "killed at every file operation": (5, 1),
     "ENOSPC at every file operation": (5, 1),
     "EIO at every file operation": (5, 1),
@@ -31,9 +31,9 @@ SWEEPS = {  # the least points of each, at every 43rd and at every 131st
 }
 
 
-@pytest.fixture(scope="module", params=[pytest.param("43", marks=pytest.mark.slow), "131"])
+@pytest.fixture(scope="module", params=[pytest.param("43", marks=pytest.mark.slow), "141"])
 def sweeps(request, tmp_path_factory):
-    """Every 43rd or 131st point of each sweep."""
+    """Every 43rd or 141st point of each sweep."""
     folder = tmp_path_factory.mktemp("faults")
     command = [sys.executable, "-m", "benchmarks.faults", "--folder", str(folder / "work")]
     options = ["--json", str(folder / "result.json"), "--step", request.param]
@@ -51,7 +51,7 @@ def test_these_are_all(sweeps):
 @pytest.mark.parametrize("name", SWEEPS)
 def test_it_holds(sweeps, name):
     assert sweeps[name]["failures"] == []
-    assert sweeps[name]["tried"] >= SWEEPS[name][sweeps["step"] == "131"]
+    assert sweeps[name]["tried"] >= SWEEPS[name][sweeps["step"] == "141"]
 
 
 IN_A_PROCESS = """
