@@ -60,7 +60,10 @@ def test_layer_by_layer_gives_the_figures_of_whole_models(run, small_base, dtype
         assert proof["same_next_token"] == same == count
         assert expected["max_logit_difference"] <= tolerances.MERGED_LOGITS_FLOAT32
         return
-    assert abs(proof["same_next_token"] - same) <= 2, "two nearly equal logits may swap"
+    best = torch.cat(merged).topk(2).values  # of bfloat16 logits: 12 of 265 places are level
+    level = int((best[:, 0] - best[:, 1] <= 2**-8 * best[:, 0].abs()).sum())
+    assert level < count / 8
+    assert abs(proof["same_next_token"] - same) <= level, "only where two logits are level"
     for name, value in expected.items():
         assert proof[name] == pytest.approx(value, rel=tolerances.LAYERWISE_PROOF), name
 
