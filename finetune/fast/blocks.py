@@ -37,16 +37,12 @@ def speed_up(model: torch.nn.Module, parts: FastSection) -> None:
         ours |= {LlamaAttention: _attention, LlamaMLP: _mlp}
     if parts.pointwise:
         ours[LlamaRMSNorm] = _norm
-    modules: list[Any] = [module for module in model.modules() if type(module) in ours]
-    for module in modules:
-        _replace(module, ours[type(module)], parts)
-    layers = [module for module in model.modules() if type(module) is LlamaDecoderLayer]
-    if parts.last_layer and layers:
-        _replace(layers[-1], _last_layer, parts)
-
-
-def _replace(module: Any, ours: Callable[..., Any], parts: FastSection) -> None:
-    module.forward = types.MethodType(_while_gradients_are_recorded(ours, parts), module)
+    if parts.last_layer:
+        ours[LlamaDecoderLayer] = _layer
+    for module in model.modules():
+        if type(module) in ours:
+            forward = _while_gradients_are_recorded(ours[type(module)], parts)
+            module.forward = types.MethodType(forward, module)
 
 
 def _while_gradients_are_recorded(ours: Callable[..., Any], parts: FastSection) -> Any:
@@ -92,7 +88,7 @@ def _attention(
     return _together(rows, parts, (self.o_proj,))[0], None
 
 
-def _last_layer(
+def _layer(
     self: Any,
     parts: FastSection,
     hidden_states: torch.Tensor,
@@ -100,15 +96,17 @@ def _last_layer(
     read: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """As `LlamaDecoderLayer.forward`; tokens that nobody reads come out as zeros.
+    """As `LlamaDecoderLayer.forward`; of the last, tokens that nobody reads come out as zeros.
 
     Args:
         read: (tokens,) places in the row that the loss reads; None for all.
     """
-    if read is None or _has_dropout(self) or _has_other_attention(self.self_attn):
+    attention = self.self_attn
+    is_last = attention.layer_idx == attention.config.num_hidden_layers - 1
+    if read is None or not is_last or _has_dropout(self) or _has_other_attention(attention):
         result: torch.Tensor = type(self).forward(self, hidden_states, **kwargs)
         return result
-    attended, _ = self.self_attn(self.input_layernorm(hidden_states), kept=read, **kwargs)
+    attended, _ = attention(self.input_layernorm(hidden_states), kept=read, **kwargs)
     rows = hidden_states[:, read] + attended
     rows = rows + self.mlp(self.post_attention_layernorm(rows))
     return torch.zeros_like(hidden_states, dtype=rows.dtype).index_copy(1, read, rows)

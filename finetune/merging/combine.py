@@ -25,7 +25,7 @@ import torch
 
 from finetune import artifact
 from finetune.merging.members import Combination
-from finetune.merging.update import LowRank, Update
+from finetune.merging.update import LowRank, Update, by_rows
 
 _BLOCK_ENTRIES = 1 << 22
 _Pruned = Callable[[torch.Tensor], torch.Tensor]
@@ -73,12 +73,11 @@ class Combined:
     def apply(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """W + B·A; the sum is rounded to float32 at its end, so opposed weights may cancel."""
         a, b = (factor.double() for factor in self.factors())
-        merged = torch.empty(weight.shape, dtype=dtype)
-        step = max(_BLOCK_ENTRIES // weight.shape[1], 1)
-        for start in range(0, len(weight), step):
-            rows = slice(start, start + step)
-            merged[rows] = torch.addmm(weight[rows].double(), b[rows], a).float()
-        return merged
+
+        def wide(rows: slice) -> torch.Tensor:
+            return torch.addmm(weight[rows].double(), b[rows], a).float()
+
+        return by_rows(weight.shape, dtype, _BLOCK_ENTRIES, wide)
 
     def _pruned(self) -> _Pruned:
         how, density = self.combination.how, self.combination.density

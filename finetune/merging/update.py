@@ -50,6 +50,23 @@ class Update(Protocol):
         ...
 
 
+def by_rows(
+    shape: torch.Size, dtype: torch.dtype, num_entries: int, wide: Callable[[slice], torch.Tensor]
+) -> torch.Tensor:
+    """A matrix made of some rows at a time, in float32, each rounded to the type when it is made.
+
+    Args:
+        num_entries: at once, or one row where that is longer.
+        wide: rows -> them in float32.
+    """
+    merged = torch.empty(shape, dtype=dtype)
+    step = max(num_entries // shape[1], 1)
+    for start in range(0, shape[0], step):
+        rows = slice(start, start + step)
+        merged[rows] = wide(rows)
+    return merged
+
+
 @dataclass(frozen=True)
 class LowRank:
     """W + s·B·A with A (r, in), B (out, r). Source: Hu et al. 2021, arXiv:2106.09685.
@@ -88,13 +105,12 @@ class LowRank:
     def apply(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """W + s·B·A in float32, rounded once; as many rows at a time as stay in a cache."""
         a, b = self.a, self.b
-        merged = torch.empty(weight.shape, dtype=dtype)
-        step = max(_CACHED_ENTRIES // weight.shape[1], 1)
-        for start in range(0, len(weight), step):
-            rows = slice(start, start + step)
-            wide = weight[rows].to(torch.float32, copy=True)
-            merged[rows] = wide.addmm_(b[rows], a, alpha=self.scale)
-        return merged
+
+        def wide(rows: slice) -> torch.Tensor:
+            base = weight[rows].to(torch.float32, copy=True)
+            return base.addmm_(b[rows], a, alpha=self.scale)
+
+        return by_rows(weight.shape, dtype, _CACHED_ENTRIES, wide)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The merged folder, streamed by rows, or by whole tensors where an update needs all of one.
 
-Three threads share the work: one reads and computes, one hashes what was read, one writes and
-hashes what was written. So a base that is not the adapter's, or changes while it is merged, is
+Four threads share the work: one reads and computes, one hashes what was read, one writes, one
+hashes what is written. So a base that is not the adapter's, or changes while it is merged, is
 noticed without a reading of its own, and nothing is read back for the manifest.
 """
 
@@ -29,7 +29,7 @@ from finetune.merging.quantized import dequantized, is_quantized
 from finetune.merging.update import LowRank
 from finetune.model import DTYPES, write_generation_config
 
-_BLOCK_BYTES = 8 << 20  # of the base; twice as many in float32
+_BLOCK_BYTES = 8 << 20  # of the base
 _KEPT_BYTES = 31 << 20
 _SENT_BYTES = 64 << 20  # written, then sent to the disk while the next are made
 

@@ -63,7 +63,7 @@ MUTATIONS = {
 def test_the_line_is_in_the_code(name: str) -> None:
     """Else the slow test would be the first to say that it tests nothing."""
     file, right, _, _ = MUTATIONS[name]
-    assert (REPOSITORY / file).read_text(encoding="utf-8").count(right) == 1
+    _text_with(REPOSITORY / file, right)
 
 
 @pytest.mark.slow
@@ -77,10 +77,16 @@ def test_a_wrong_line_fails_the_suite(name: str, tmp_path: Path) -> None:
         else:
             shutil.copyfile(source, target)
     mutated = tmp_path / file
-    text = mutated.read_text(encoding="utf-8")
+    text = _text_with(mutated, right)
     assert _failures(tmp_path, tests) == 0
     mutated.write_text(text.replace(right, wrong), encoding="utf-8")
     assert _failures(tmp_path, tests) == 1
+
+
+def _text_with(path: Path, line: str) -> str:
+    text = path.read_text(encoding="utf-8")
+    assert text.count(line) == 1, f"{path} has changed: the mutation does not fit any more"
+    return text
 
 
 def _failures(folder: Path, tests: str) -> int:
