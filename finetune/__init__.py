@@ -13,6 +13,9 @@ OFFLINE_BY_CHOICE = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+# bitsandbytes compiles functions at its import, for 2 seconds of every command, and once more at
+# their first call, if there is a C++ compiler. Not compiled they give the same bits.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 # What these say is either checked by ourselves (`finetune.model` refuses a missing or unexpected
 # weight) or about the libraries' own next versions.

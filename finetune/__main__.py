@@ -10,6 +10,7 @@ from types import FrameType
 
 from finetune.artifact import keep_to_oneself
 from finetune.errors import InputError, run_command
+from finetune.heap import loading_libraries
 
 VERBS: dict[str, tuple[str, str, str]] = {
     "train": ("finetune.train", "main", "train what a config says: CONFIG [key=value …]"),
@@ -59,7 +60,9 @@ def _run_verb(verb: str, args: list[str]) -> int:
     if verb not in VERBS:
         raise InputError(f"no verb {verb!r}; allowed: {', '.join(VERBS)}")
     module, function, _ = VERBS[verb]
-    result: int = getattr(import_module(module), function)(args)
+    with loading_libraries():
+        main_of_verb = getattr(import_module(module), function)
+    result: int = main_of_verb(args)
     return result
 
 

@@ -7,7 +7,6 @@ this process, however that ends: nobody holds the other end of its pipe any long
 from __future__ import annotations
 
 import contextlib
-import gc
 import multiprocessing
 import os
 import signal
@@ -25,7 +24,6 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 _A_FEW = 50  # items that are done here before copies are looked after again
-_YOUNG_OBJECTS = 50_000  # before the collector looks for cycles among them; Python's own is 700
 MAX_COPIES = 3  # this process reads and writes what they work on; more would wait for it
 
 
@@ -34,26 +32,6 @@ def num_copies() -> int:
     if sys.platform != "linux":
         return 0
     return min(MAX_COPIES, len(os.sched_getaffinity(0)) - 1)
-
-
-@contextlib.contextmanager
-def heap_at_rest() -> Iterator[None]:
-    """Spares what is loaded already the garbage collector's walks, here and in copies.
-
-    Rows are a hundred thousand young objects, and every few of them the collector would walk all
-    of the libraries, which in a copy also copies their memory: half of the time of a preparation.
-    What the caller has frozen stays so.
-    """
-    thresholds, frozen = gc.get_threshold(), gc.get_freeze_count()
-    if not frozen:
-        gc.freeze()
-    gc.set_threshold(_YOUNG_OBJECTS, *thresholds[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
-        if not frozen:
-            gc.unfreeze()
 
 
 @dataclass

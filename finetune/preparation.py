@@ -21,10 +21,11 @@ from finetune.artifact import sha256_of_json
 from finetune.cache import cache_root, remembered_sha256
 from finetune.config import RunConfig
 from finetune.config.data import Source
-from finetune.copies import Copies, heap_at_rest, num_copies
+from finetune.copies import Copies, num_copies
 from finetune.errors import InputError
 from finetune.files import find_files
 from finetune.files.findings import Findings
+from finetune.heap import heap_at_rest
 from finetune.ledger import Ledger
 from finetune.overlap import DuplicateFinder, overlap
 from finetune.prepared import DocumentWriter, PreparedDocuments

@@ -28,6 +28,7 @@ from finetune.errors import (
     exit_code_of,
     run_command,
 )
+from finetune.heap import loading_libraries
 
 if TYPE_CHECKING:
     from finetune.run_folder import RunFolder
@@ -84,11 +85,12 @@ def train(loaded: Loaded, allowed: Sequence[str] = ()) -> int:
 
 def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> list[str]:
     """The stages in their order. Returns what a person should know of how training ended."""
-    from finetune import checkpoint, fit, resume, stages
-    from finetune.fast.allocator import keep_freed_memory
-    from finetune.monitor import Progress, StepMetrics, StopAtBoundary, stop_on_signals
-    from finetune.recipes import RECIPES
-    from finetune.watchdog import frozen_checksums, refuse_changed
+    with loading_libraries():
+        from finetune import checkpoint, fit, resume, stages
+        from finetune.fast.allocator import keep_freed_memory
+        from finetune.monitor import Progress, StepMetrics, StopAtBoundary, stop_on_signals
+        from finetune.recipes import RECIPES
+        from finetune.watchdog import frozen_checksums, refuse_changed
 
     config = loaded.config
     base = stages.prepare_base(config, run, is_first_rank())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.copies import Copies, heap_at_rest, num_copies
+from finetune.copies import Copies, num_copies
 from finetune.errors import CannotContinue, InputError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copies are forked on Linux alone")
@@ -176,16 +175,3 @@ def test_a_core_is_left_for_this_process(monkeypatch):
     for cores, expected in ((1, 0), (2, 1), (4, 3), (64, 3)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
         assert num_copies() == expected
-
-
-@pytest.mark.parametrize("caller_froze", [True, False])
-def test_the_collector_is_left_as_it_was(caller_froze):
-    gc.freeze() if caller_froze else gc.unfreeze()
-    try:
-        before = gc.get_threshold()
-        with heap_at_rest():
-            assert gc.get_freeze_count() > 1000
-        assert gc.get_threshold() == before
-        assert (gc.get_freeze_count() > 1000) == caller_froze
-    finally:
-        gc.freeze()  # as the suite has it

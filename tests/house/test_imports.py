@@ -22,7 +22,7 @@ LINES = (
     "errors",
     "artifact llama.architecture llama.architecture_spec llama.hyperparameters llama.params_json"
     " pages llama.presets ngrams mojibake hashing copies comparison scorers collectives trackers"
-    " sharing devices",
+    " sharing devices heap",
     "config overlap cache adapter_settings state_files",
     "best",
     "methods identity starts layer_merge rank_schedule drift watchdog",
