@@ -156,7 +156,11 @@ class OurSeams(EvaluationSeam, MemorySeam):
         assert not return_outputs
         fast = self.ours.fast
         losses = token_losses(
-            model, Packed(**inputs), in_blocks=fast.loss, dense=not fast.attention
+            model,
+            Packed(**inputs),
+            in_blocks=fast.loss,
+            dense=not fast.attention,
+            beginnings=fast.beginnings,
         )
         loss_sum = losses.sum()
         self._step_loss_sum += loss_sum.detach().double()

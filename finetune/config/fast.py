@@ -23,6 +23,11 @@ class FastSection(Section):
     pointwise: bool = True
     """RMSNorm, rotary embedding and SwiGLU as one function each; false: transformers' own."""
 
+    beginnings: bool = True
+    """What documents of a row have in common at their beginning (a template, a system message, a
+    question with several answers) is computed once; false: for each document. Not where dropout is
+    drawn, nor without `attention`."""
+
     last_layer: bool = True
     """Behind the last layer's attention only the tokens that the loss reads go on; false: all of
     them. Where dropout is drawn in that layer, all do in any case."""

@@ -19,6 +19,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from finetune.fast.beginnings import Tree, gather, spread
+
 DOCUMENT_ATTENTION = "plumbtune_documents"
 _as_on_gpu: ContextVar[bool] = ContextVar("as_on_gpu", default=False)
 
@@ -32,6 +34,7 @@ def document_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     document_lengths: Sequence[int] | None = None,
+    tree: Tree | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document of a packed row.
@@ -45,6 +48,7 @@ def document_attention(
         dropout: probability, 0 outside training.
         scaling: factor of the scores; None is 1/sqrt(head_dim).
         document_lengths: tokens of each document in row order; their sum is `tokens`.
+        tree: where documents share their beginnings: the tensors have its nodes for tokens.
 
     Returns:
         (1, tokens, heads, head_dim), and None for the attention weights.
@@ -54,6 +58,8 @@ def document_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     lengths = list(document_lengths)
+    if tree is not None:
+        query, key, value = (spread(nodes, tree) for nodes in (query, key, value))
     assert query.shape[0] == 1, "packed documents lie in one row"
     assert sum(lengths) == query.shape[2] == key.shape[2], "document_lengths do not fill the row"
     grouped, dtype = key.shape[1] != query.shape[1], query.dtype
@@ -76,7 +82,8 @@ def document_attention(
                 strict=True,
             )
         ]
-    return torch.cat(parts, dim=2).transpose(1, 2).to(dtype).contiguous(), None
+    attended = torch.cat(parts, dim=2).transpose(1, 2).to(dtype)
+    return attended.contiguous() if tree is None else gather(attended, tree), None
 
 
 def no_mask(device: torch.device) -> torch.Tensor:

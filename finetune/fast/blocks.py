@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import (
 
 from finetune.config import FastSection
 from finetune.fast.attention import DOCUMENT_ATTENTION, document_attention
+from finetune.fast.beginnings import draws_dropout
 from finetune.fast.lora import project, projections_of, type_of_products
 from finetune.fast.pointwise import rms_norm, rotate, swiglu
 
@@ -103,19 +104,13 @@ def _layer(
     """
     attention = self.self_attn
     is_last = attention.layer_idx == attention.config.num_hidden_layers - 1
-    if read is None or not is_last or _has_dropout(self) or _has_other_attention(attention):
+    if read is None or not is_last or draws_dropout(self) or _has_other_attention(attention):
         result: torch.Tensor = type(self).forward(self, hidden_states, **kwargs)
         return result
     attended, _ = attention(self.input_layernorm(hidden_states), kept=read, **kwargs)
     rows = hidden_states[:, read] + attended
     rows = rows + self.mlp(self.post_attention_layernorm(rows))
     return torch.zeros_like(hidden_states, dtype=rows.dtype).index_copy(1, read, rows)
-
-
-def _has_dropout(module: torch.nn.Module) -> bool:
-    """Whether random numbers are drawn: for fewer tokens they would be others."""
-    dropouts = (m for m in module.modules() if isinstance(m, torch.nn.Dropout))
-    return any(m.p > 0 and m.training for m in dropouts)
 
 
 def _mlp(self: Any, parts: FastSection, x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from finetune.fast.attention import document_mask, no_mask
+from finetune.fast.beginnings import draws_dropout, tree_of
 from finetune.fast.head import answering_head, head_losses, plain_losses
 
 IGNORED = -100
@@ -68,7 +69,12 @@ def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def token_losses(
-    model: torch.nn.Module, packed: Packed, *, in_blocks: bool = True, dense: bool = False
+    model: torch.nn.Module,
+    packed: Packed,
+    *,
+    in_blocks: bool = True,
+    dense: bool = False,
+    beginnings: bool = False,
 ) -> torch.Tensor:
     """The loss of every supervised token of a packed row.
 
@@ -78,15 +84,20 @@ def token_losses(
         model: a causal Llama that uses `document_attention`, possibly wrapped (PEFT, DDP).
         in_blocks: never hold the logits of all tokens; where the head is a plain linear layer.
         dense: attention with a mask over the row, the twin of `document_attention`.
+        beginnings: what documents have in common at their beginning is computed once; not where
+            dropout is drawn, or attention is dense.
 
     Returns:
         (supervised,) losses in nats, float32; empty, with a graph, where nothing is supervised.
     """
+    together = beginnings and not dense and not draws_dropout(model)
     rows = rows_for(model, packed)
-    return torch.cat([_losses(model, row, in_blocks, dense) for row in rows])
+    return torch.cat([_losses(model, row, in_blocks, dense, together) for row in rows])
 
 
-def _losses(model: torch.nn.Module, packed: Packed, in_blocks: bool, dense: bool) -> torch.Tensor:
+def _losses(
+    model: torch.nn.Module, packed: Packed, in_blocks: bool, dense: bool, beginnings: bool
+) -> torch.Tensor:
     _, targets = supervised(packed.labels)
 
     def answer(head: Any, logits_of: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -96,7 +107,7 @@ def _losses(model: torch.nn.Module, packed: Packed, in_blocks: bool, dense: bool
         return plain_losses(logits_of(hidden)[0], targets).unsqueeze(0)
 
     with answering_head(model, answer):
-        return supervised_logits(model, packed, dense)
+        return supervised_logits(model, packed, dense, beginnings)
 
 
 def rows_for(model: torch.nn.Module, packed: Packed) -> list[Packed]:
@@ -104,24 +115,34 @@ def rows_for(model: torch.nn.Module, packed: Packed) -> list[Packed]:
     return documents_of(packed) if has_soft_prompt(model) else [packed]
 
 
-def supervised_logits(model: torch.nn.Module, packed: Packed, dense: bool = False) -> torch.Tensor:
+def supervised_logits(
+    model: torch.nn.Module, packed: Packed, dense: bool = False, beginnings: bool = False
+) -> torch.Tensor:
     """(supervised, vocab): what the model says before each supervised token of a packed row.
 
     Args:
         packed: one of `rows_for`.
         dense: with a mask over the row.
+        beginnings: documents share theirs; not with `dense`.
     """
     if has_soft_prompt(model):
         return _behind_vectors(model, packed)
     positions, _ = supervised(packed.labels)
-    lengths, device = packed.document_lengths, packed.input_ids.device
+    ids, places, read = packed.input_ids, packed.position_ids, positions
+    lengths, device = packed.document_lengths, ids.device
+    tree = tree_of(ids, lengths) if beginnings else None
+    if tree is not None:
+        ids, places = ids[:, tree.rows], places[:, tree.rows]
+        positions = tree.node_of[positions]
+        read = positions.unique()
     return model(
-        input_ids=packed.input_ids,
-        position_ids=packed.position_ids,
+        input_ids=ids,
+        position_ids=places,
         attention_mask=document_mask(lengths, device) if dense else no_mask(device),
         document_lengths=None if dense else lengths,
+        tree=tree,
         logits_to_keep=positions,
-        read=positions,  # the last layer needs no more of its tokens
+        read=read,  # the last layer needs no more of its tokens
         use_cache=False,
     ).logits[0]
 

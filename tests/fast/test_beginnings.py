@@ -1,0 +1,144 @@
+"""The tree of a row's documents, the copies between its nodes and the row, and what is computed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from tolerances import FAST_FLOAT64, FAST_GRADIENT_FLOAT32
+
+from finetune.config import FastSection
+from finetune.fast.beginnings import draws_dropout, gather, spread, tree_of
+from finetune.fast.blocks import speed_up
+from finetune.fast.loss import pack, token_losses
+
+TRAINED = [True] * 64
+DOCUMENTS = [  # a question with two answers, one of them twice; another one; a part of the first
+    ([1, 20, 21, 22, 30, 31, 2], TRAINED),
+    ([1, 20, 21, 22, 40, 2], TRAINED),
+    ([1, 20, 25, 50, 2], TRAINED),
+    ([1, 20, 21, 22, 30, 31, 2], TRAINED),
+    ([1, 20], TRAINED),
+    ([9, 20, 21], TRAINED),
+]
+DOCUMENTS = [(ids, mask[: len(ids)]) for ids, mask in DOCUMENTS]
+
+
+def row_of(documents: list[list[int]]) -> torch.Tensor:
+    return torch.tensor([[token for document in documents for token in document]])
+
+
+def nodes_by_dictionary(documents: list[list[int]]) -> list[tuple[int, ...]]:
+    """The node of each token of the row, named by the ids that lead to it."""
+    return [tuple(d[: n + 1]) for d in documents for n in range(len(d))]
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=12))
+def test_a_node_is_a_beginning(documents):
+    expected = nodes_by_dictionary(documents)
+    tree = tree_of(row_of(documents), [len(d) for d in documents])
+    if tree is None:
+        assert len(set(expected)) == len(expected)
+        return
+    assert len(tree.rows) == len(set(expected)) < len(expected)
+    assert [expected[row] for row in tree.rows[tree.node_of]] == expected
+    assert sorted([*tree.rows.tolist(), *tree.others.tolist()]) == list(range(len(expected)))
+
+
+@pytest.mark.parametrize("token", [0, 127_999, 2**31 - 1])
+def test_ids_of_any_size(token):
+    tree = tree_of(torch.tensor([[token, 5, token, 256]]), [2, 2])
+    assert tree is not None
+    assert tree.node_of[0] == tree.node_of[2]
+
+
+def test_copies_and_their_gradients():
+    tree = tree_of(row_of([ids for ids, _ in DOCUMENTS]), [len(ids) for ids, _ in DOCUMENTS])
+    assert tree is not None
+    num_nodes, num_tokens = len(tree.rows), len(tree.node_of)
+    torch.manual_seed(0)
+    nodes = torch.randn(1, num_nodes, 2, 3, dtype=torch.float64).transpose(1, 2).requires_grad_()
+    assert torch.equal(spread(nodes, tree), nodes[:, :, tree.node_of])
+    tokens = torch.randn(1, num_tokens, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(gather(tokens, tree), tokens[:, tree.rows])
+    assert torch.equal(gather(spread(nodes, tree).transpose(1, 2), tree), nodes.transpose(1, 2))
+    assert torch.autograd.gradcheck(lambda x: spread(x, tree), nodes)
+    assert torch.autograd.gradcheck(lambda x: gather(x, tree), tokens)
+
+
+def adapted(model, **settings):
+    torch.manual_seed(0)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    model = get_peft_model(
+        copy.deepcopy(model), LoraConfig(r=4, target_modules=targets, **settings)
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def losses_and_gradients(model, documents, **how):
+    model.zero_grad()
+    torch.manual_seed(1)
+    losses = token_losses(model, pack(documents), **how)
+    (losses * torch.linspace(0.5, 1.5, len(losses))).sum().backward()
+    named = model.named_parameters()
+    return {"": losses.detach(), **{n: p.grad.clone() for n, p in named if p.grad is not None}}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, FAST_GRADIENT_FLOAT32), (torch.float64, FAST_FLOAT64)],
+)
+@pytest.mark.parametrize("preset", ["llama3-8b", "llama2-7b", "llama3.2-1b"])
+def test_as_documents_by_themselves(tiny_llama, preset, dtype, tolerance):
+    """Losses in the row's order, each with a weight of its own, and every gradient."""
+    model = adapted(tiny_llama(preset)).to(dtype)
+    speed_up(model, FastSection())  # whose norms stay in float64, which transformers' do not
+    found = losses_and_gradients(model, DOCUMENTS, beginnings=True)
+    model.zero_grad()
+    losses = torch.cat([token_losses(model, pack([document])) for document in DOCUMENTS])
+    (losses * torch.linspace(0.5, 1.5, len(losses))).sum().backward()
+    assert torch.allclose(found.pop(""), losses.detach(), rtol=tolerance, atol=tolerance)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            difference = (found[name] - parameter.grad).norm() / parameter.grad.norm()
+            assert difference < tolerance, name
+
+
+def num_computed(model, documents, **how) -> int:
+    """Tokens that reach the first layer."""
+    rows = []
+    layer = model.base_model.model.model.layers[0]
+    with_hook = layer.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+    losses_and_gradients(model, documents, **how)
+    with_hook.remove()
+    return rows[0]
+
+
+def test_each_node_is_computed_once(tiny_llama):
+    nodes = len(set(nodes_by_dictionary([ids for ids, _ in DOCUMENTS])))
+    model = adapted(tiny_llama())
+    assert num_computed(model, DOCUMENTS, beginnings=True) == nodes == 15
+    assert num_computed(model, DOCUMENTS) == 30
+    assert num_computed(model, DOCUMENTS, beginnings=True, dense=True) == 30
+
+
+def test_where_dropout_is_drawn_every_token_draws_its_own(tiny_llama):
+    model = adapted(tiny_llama(), lora_dropout=0.3)
+    assert draws_dropout(model)
+    assert num_computed(model, DOCUMENTS, beginnings=True) == 30
+    assert not draws_dropout(model.eval())
+    assert num_computed(model, DOCUMENTS, beginnings=True) == 15
+
+
+def test_dropout_of_attention_is_seen(tiny_llama):
+    model = adapted(tiny_llama())
+    assert not draws_dropout(model)
+    model.base_model.model.model.layers[1].self_attn.attention_dropout = 0.1
+    assert draws_dropout(model)
