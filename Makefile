@@ -69,13 +69,16 @@ compare: $(STAMP)  ## every method on the embedded base, with a table and a plot
 	$(PY) -m benchmarks.compare_methods --folder runs/compare --json runs/compare/result.json \
 		--plot runs/compare/result.svg $(ARGS)
 
-bench: $(STAMP)  ## speed and memory beside TRL, interleaved; ARGS="--torchtune PYTHON --rounds 3"
+bench: $(STAMP)  ## speed and memory beside TRL, interleaved; ARGS="--torchtune PYTHON --litgpt PYTHON"
 	$(PY) -m benchmarks.speed --folder build/speed --json build/speed.json $(ARGS)
 
-bench-peers: $(STAMP)  ## build/peers/torchtune, for make bench ARGS="--torchtune build/peers/torchtune/bin/python"
-	$(PYTHON) -m venv build/peers/torchtune
-	build/peers/torchtune/bin/pip install $(PIP_ARGS) "$$(grep -m1 '^torch==' constraints.txt)"
-	build/peers/torchtune/bin/pip install $(PIP_ARGS) torchtune==0.6.1 torchao==0.9.0
+bench-peers: $(STAMP)  ## build/peers/torchtune and build/peers/litgpt, for make bench: --torchtune build/peers/torchtune/bin/python
+	for peer in "torchtune==0.6.1 torchao==0.9.0" "litgpt==0.5.13"; do \
+		folder=build/peers/$${peer%%=*}; \
+		$(PYTHON) -m venv $$folder && \
+		$$folder/bin/pip install $(PIP_ARGS) "$$(grep -m1 '^torch==' constraints.txt)" && \
+		$$folder/bin/pip install $(PIP_ARGS) $$peer || exit 1; \
+	done
 
 faults: $(STAMP)  ## kills, full disks, power cuts and damage at every point of a run: an hour, in parts with --only
 	$(PY) -m benchmarks.faults --folder build/faults --json build/faults.json $(ARGS)

@@ -23,7 +23,7 @@ from finetune.footprint import build_layer, head_pass, layer_pass
 from finetune.llama.architecture import Architecture
 
 _FLOPS_AT_ONCE = 2e11  # of a timed pass: about a second on two cores
-_REPEATS = 3
+_REPEATS, _ENOUGH_SECONDS = (3, 9), 2.0  # at least and at most; as many as there is time for
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,16 @@ def _timed_update(num_trained: int) -> float:
 
 def _timed(run: Callable[[], Any]) -> float:
     """Median seconds; the first call warms up."""
-    seconds = []
-    for _ in range(_REPEATS + 1):
+    least, most = _REPEATS
+    run()
+    seconds: list[float] = []
+    while len(seconds) < least or (len(seconds) < most and sum(seconds) < _ENOUGH_SECONDS):
         _wait()
         began = time.perf_counter()
         run()
         _wait()
         seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
+    return statistics.median(seconds)
 
 
 def _wait() -> None:

@@ -35,6 +35,7 @@ ALLOCATORS = {
         "glibc.malloc.trim_threshold=17179869184"
     },
 }
+PEERS = ("torchtune", "litgpt")  # each needs an environment of its own
 _OURS = ("fast.allocator=false",)  # every contender gets the same
 _OFF = tuple(f"fast.{part}=false" for part in FastSection.model_fields if part != "allocator")
 
@@ -59,6 +60,7 @@ CONTENDERS = {
     "trl packed": Contender("trl_trainer"),
     "trl padded": Contender("trl_trainer", ("--padded",)),
     "torchtune packed": Contender("torchtune_trainer"),
+    "litgpt padded": Contender("litgpt_trainer"),  # it has no packing
     **{f"ours without {off.split('=')[0]}": Contender("ours", (off, *_OURS)) for off in _OFF},
     "ours with nothing fast": Contender("ours", (*_OFF, *_OURS)),
 }
@@ -76,10 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--allocator", nargs="*", choices=ALLOCATORS, default=list(ALLOCATORS))
     usual = [name for name in CONTENDERS if "nf4" not in name]
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=usual)
-    parser.add_argument("--torchtune", help="the interpreter of an environment that has it")
+    for peer in PEERS:
+        parser.add_argument(f"--{peer}", help="the interpreter of an environment that has it")
     args = parser.parse_args(argv)
-    if args.torchtune is None:
-        args.only = [name for name in args.only if "torchtune" not in name]
+    absent = [peer for peer in PEERS if getattr(args, peer) is None]
+    args.only = [name for name in args.only if not name.startswith(tuple(absent))]
     folder = args.folder.resolve()
     make(folder, SIZES[args.size])
     runs = []
@@ -111,8 +114,7 @@ def _interleaved(
         for name in args.only:
             contender = CONTENDERS[name]
             result = folder / f"{name.replace(' ', '-')}.json"
-            own = args.torchtune if "torchtune" in name else sys.executable
-            command = [own, "-m", f"benchmarks.speed.{contender.module}"]
+            command = [_interpreter(name, args), "-m", f"benchmarks.speed.{contender.module}"]
             command += ["--folder", str(folder), "--dtype", dtype, "--steps", str(args.steps)]
             command += ["--result", str(result)]
             command += ["--size", args.size] if contender.module == "ours" else []
@@ -120,6 +122,12 @@ def _interleaved(
             notes[name].append(json.loads(result.read_text(encoding="utf-8")))
             print(f"{dtype} round {number + 1} {name}: done", file=sys.stderr)
     return {"gflops": gflops, "useful_flops": _useful(folder, args), "notes": notes}
+
+
+def _interpreter(name: str, args: argparse.Namespace) -> str:
+    """Of the contender's environment."""
+    found = [getattr(args, peer) for peer in PEERS if name.startswith(peer)]
+    return found[0] if found else sys.executable
 
 
 def _useful(folder: Path, args: argparse.Namespace) -> list[dict[str, float]]:

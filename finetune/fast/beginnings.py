@@ -76,7 +76,7 @@ def draws_dropout(module: torch.nn.Module) -> bool:
 
 
 def _of_attention(module: torch.nn.Module) -> float:
-    return float(getattr(module, "attention_dropout", 0.0))
+    return float(vars(module).get("attention_dropout", 0.0))
 
 
 def spread(nodes: torch.Tensor, tree: Tree) -> torch.Tensor:
