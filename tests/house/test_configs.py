@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import re
 from pathlib import Path
 
 import pytest
 from source_files import ROOT
 
+from finetune.config.data import Source
 from finetune.config.loader import dump, load
 from finetune.config.schema import SECTIONS
+from finetune.config.section import Section
+from finetune.config.task import Task
 from finetune.llama.architecture import HUB_IDS
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -54,7 +60,14 @@ def test_a_hub_id_is_documented_and_its_revision_is_not_made_up(path):
         assert base.revision == "main"
 
 
-@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("section", [*SECTIONS.values(), Source, Task], ids=lambda s: s.__name__)
 def test_every_setting_is_described(section):
-    fields = SECTIONS[section].model_fields
-    assert [key for key, field in fields.items() if not field.description] == []
+    """A text stands below each, in the class or in the one that it extends."""
+    described = set()
+    for kind in section.__mro__[: section.__mro__.index(Section)]:
+        body = ast.parse(inspect.getsource(kind)).body[0].body
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                assert isinstance(text.value.value, str)
+                described.add(field.target.id)
+    assert set(section.model_fields) - described == set()
