@@ -35,6 +35,7 @@ class Size:
         packs: in a step.
         num_rows: of the data file.
         r: rank of the adapter, on all seven projections; alpha is twice that.
+        system: a system message before every row.
     """
 
     architecture: dict[str, Any] | str
@@ -42,12 +43,19 @@ class Size:
     packs: int
     num_rows: int
     r: int = 16
+    system: str | None = None
 
 
+_SYSTEM = (
+    "You are a careful assistant. Answer in the language of the question, briefly, to the point. "
+    "If the question rests on a mistake, say so first. If you do not know the answer, say that you "
+    "do not know it, and do not make one up."
+)
 _58M = {"preset": "llama2-7b", "dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8}
 SIZES = {
     "tiny": Size({**_58M, "dim": 64, "n_layers": 2, "intermediate_size": 176}, 128, 2, 64, 4),
     "58m": Size({**_58M, "intermediate_size": 1376}, 512, 2, 256),
+    "58m-system": Size({**_58M, "intermediate_size": 1376}, 512, 2, 256, system=_SYSTEM),
     # One GPU: --dtype bfloat16 --allocator glibc --steps 23 --only ours "ours in nf4" "trl packed"
     "8b": Size("llama3.1-8b", 4096, 1, 900),
     "8b-2048": Size("llama3.1-8b", 2048, 2, 900),
@@ -120,7 +128,8 @@ def _write_rows(path: Path, size: Size, tokenizer: Any) -> None:
             continue
         if len(tokenizer(question + row["output"])["input_ids"]) > size.max_length // 2:
             continue
-        turns = [("user", question), ("assistant", row["output"])]
+        turns = [("system", size.system)] if size.system else []
+        turns += [("user", question), ("assistant", row["output"])]
         messages = [{"role": role, "content": text} for role, text in turns]
         lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
