@@ -8,28 +8,21 @@ packing. The rows of a step of ours are its micro-batch. It needs an environment
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from benchmarks.speed.recorder import Recorder, contender_parser
+from benchmarks.speed.peer import read_peer
 
 
 def main() -> int:
     """Trains on the rows of `steps.json` in their order."""
-    args = contender_parser(__doc__).parse_args()
     import torch
     from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
     from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
     from litgpt.utils import chunked_cross_entropy
     from safetensors.torch import load_file
 
-    if torch.cuda.is_available():
-        raise SystemExit("LitGPT is compared on CPUs alone")
-    recorder = Recorder(args.result)
-    steps = json.loads((args.folder / "steps.json").read_text(encoding="utf-8"))[: args.steps]
-    base = args.folder / f"base-{args.dtype}"
-    shape = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    rank = json.loads((args.folder / "adapter" / "adapter_config.json").read_text())["r"]
+    peer = read_peer(__doc__)
+    shape, steps = peer.shape, peer.steps
     names = ("query", "key", "value", "projection", "mlp")
     config = Config(
         name="workload",
@@ -47,16 +40,14 @@ def main() -> int:
         bias=False,
         norm_class_name="RMSNorm",
         mlp_class_name="LLaMAMLP",
-        lora_r=rank,
-        lora_alpha=2 * rank,
+        lora_r=peer.rank,
+        lora_alpha=2 * peer.rank,
         **{f"lora_{name}": True for name in names},
     )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, args.dtype))
-    model: Any = GPT(config)
-    torch.set_default_dtype(before)
+    with peer.building():
+        model: Any = GPT(config)
     weights: dict[str, Any] = {}
-    copy_weights_hf_llama(config, {}, weights, load_file(base / "model.safetensors"))
+    copy_weights_hf_llama(config, {}, weights, load_file(peer.weights))
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected
     assert all("lora_" in name for name in missing), missing
@@ -76,7 +67,7 @@ def main() -> int:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    recorder.write(losses=losses)
+    peer.recorder.write(losses=losses)
     return 0
 
 

@@ -9,15 +9,13 @@ torchao 0.9.0). Its recipe clips nothing by default.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from benchmarks.speed.recorder import Recorder, contender_parser
+from benchmarks.speed.peer import read_peer
 
 
 def main() -> int:
     """Trains on the packs of `steps.json` in their order."""
-    args = contender_parser(__doc__).parse_args()
     import torch
     from safetensors.torch import load_file
     from torchtune.data import padded_collate_packed
@@ -27,33 +25,25 @@ def main() -> int:
     from torchtune.modules.peft import get_adapter_params, set_trainable_params
     from torchtune.training import scale_grads
 
-    if torch.cuda.is_available():
-        raise SystemExit("torchtune is compared on CPUs alone")
-    recorder = Recorder(args.result)
-    steps = json.loads((args.folder / "steps.json").read_text(encoding="utf-8"))[: args.steps]
-    base = args.folder / f"base-{args.dtype}"
-    shape = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    rank = json.loads((args.folder / "adapter" / "adapter_config.json").read_text())["r"]
-    dtype = getattr(torch, args.dtype)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    peer = read_peer(__doc__)
+    shape, steps = peer.shape, peer.steps
     heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    model = lora_llama2(
-        ["q_proj", "k_proj", "v_proj", "output_proj"],
-        apply_lora_to_mlp=True,
-        vocab_size=shape["vocab_size"],
-        num_layers=shape["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        embed_dim=shape["hidden_size"],
-        max_seq_len=shape["max_position_embeddings"],
-        intermediate_dim=shape["intermediate_size"],
-        norm_eps=shape["rms_norm_eps"],
-        lora_rank=rank,
-        lora_alpha=2 * rank,
-    )
-    torch.set_default_dtype(before)
-    weights = load_file(base / "model.safetensors")
+    with peer.building():
+        model = lora_llama2(
+            ["q_proj", "k_proj", "v_proj", "output_proj"],
+            apply_lora_to_mlp=True,
+            vocab_size=shape["vocab_size"],
+            num_layers=shape["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            embed_dim=shape["hidden_size"],
+            max_seq_len=shape["max_position_embeddings"],
+            intermediate_dim=shape["intermediate_size"],
+            norm_eps=shape["rms_norm_eps"],
+            lora_rank=peer.rank,
+            lora_alpha=2 * peer.rank,
+        )
+    weights = load_file(peer.weights)
     model.load_state_dict(hf_to_tune(weights, heads, kv_heads, shape["hidden_size"]), strict=False)
     del weights
     set_trainable_params(model, get_adapter_params(model))
@@ -76,7 +66,7 @@ def main() -> int:
         losses.append(loss.item() / num_tokens.item())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    recorder.write(losses=losses)
+    peer.recorder.write(losses=losses)
     return 0
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
+from adapted import with_adapter
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from tolerances import FAST_FLOAT64, FAST_GRADIENT_FLOAT32
 
 from finetune.config import FastSection
@@ -70,18 +68,6 @@ def test_copies_and_their_gradients():
     assert torch.autograd.gradcheck(lambda x: gather(x, tree), tokens)
 
 
-def adapted(model, **settings):
-    torch.manual_seed(0)
-    targets = ["q_proj", "v_proj", "down_proj"]
-    model = get_peft_model(
-        copy.deepcopy(model), LoraConfig(r=4, target_modules=targets, **settings)
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.train()
-
-
 def losses_and_gradients(model, documents, **how):
     model.zero_grad()
     torch.manual_seed(1)
@@ -98,7 +84,7 @@ def losses_and_gradients(model, documents, **how):
 @pytest.mark.parametrize("preset", ["llama3-8b", "llama2-7b", "llama3.2-1b"])
 def test_as_documents_by_themselves(tiny_llama, preset, dtype, tolerance):
     """Losses in the row's order, each with a weight of its own, and every gradient."""
-    model = adapted(tiny_llama(preset)).to(dtype)
+    model = with_adapter(tiny_llama(preset)).to(dtype)
     speed_up(model, FastSection())  # whose norms stay in float64, which transformers' do not
     found = losses_and_gradients(model, DOCUMENTS, beginnings=True)
     model.zero_grad()
@@ -123,14 +109,14 @@ def num_computed(model, documents, **how) -> int:
 
 def test_each_node_is_computed_once(tiny_llama):
     nodes = len(set(nodes_by_dictionary([ids for ids, _ in DOCUMENTS])))
-    model = adapted(tiny_llama())
+    model = with_adapter(tiny_llama())
     assert num_computed(model, DOCUMENTS, beginnings=True) == nodes == 15
     assert num_computed(model, DOCUMENTS) == 30
     assert num_computed(model, DOCUMENTS, beginnings=True, dense=True) == 30
 
 
 def test_where_dropout_is_drawn_every_token_draws_its_own(tiny_llama):
-    model = adapted(tiny_llama(), lora_dropout=0.3)
+    model = with_adapter(tiny_llama(), lora_dropout=0.3)
     assert draws_dropout(model)
     assert num_computed(model, DOCUMENTS, beginnings=True) == 30
     assert not draws_dropout(model.eval())
@@ -138,7 +124,7 @@ def test_where_dropout_is_drawn_every_token_draws_its_own(tiny_llama):
 
 
 def test_dropout_of_attention_is_seen(tiny_llama):
-    model = adapted(tiny_llama())
+    model = with_adapter(tiny_llama())
     assert not draws_dropout(model)
     model.base_model.model.model.layers[1].self_attn.attention_dropout = 0.1
     assert draws_dropout(model)

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from adapted import with_adapter
 from tolerances import FAST_BFLOAT16, FAST_GRADIENT_FLOAT32
 
 from finetune.config import FastSection
@@ -15,7 +15,6 @@ from finetune.fast.attention import as_on_gpu
 from finetune.fast.blocks import speed_up
 from finetune.fast.loss import pack, token_losses
 
-ALL = [*("q_proj", "k_proj", "v_proj", "o_proj"), *("gate_proj", "up_proj", "down_proj")]
 PARTS = [name for name in FastSection.model_fields if name != "allocator"]  # of the model
 OFF = FastSection(**dict.fromkeys(PARTS, False))
 DOCUMENTS = [
@@ -32,16 +31,6 @@ ALIKE = [  # one beginning goes on in several ways, one document is all of anoth
     ([5, 40, 41, 42, 2], [False, False, True, True, True]),
     ([7, 8, 9], [False, True, True]),
 ]
-
-
-def with_adapter(model, **settings):
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": ALL, **settings}
-    torch.manual_seed(0)
-    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**settings))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return adapted.train()
 
 
 def losses_and_gradients(model, parts, documents=DOCUMENTS, scale=1.0):
