@@ -33,8 +33,8 @@ class FastSection(Section):
     them. Where dropout is drawn in that layer, all do in any case."""
 
     loss: bool = True
-    """Head and cross entropy in blocks of tokens, each block's gradient made with its loss; false:
-    all logits of the supervised tokens are held."""
+    """Head and cross entropy on a part of the vocabulary at a time, gradients made with the loss;
+    false: all logits of the supervised tokens are held."""
 
     allocator: bool = True
     """On a CPU with glibc, memory that a step freed is kept for the next one; false: glibc's own

@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from finetune.fast.beginnings import Tree, gather, spread
+from finetune.fast.beginnings import Tree
 
 DOCUMENT_ATTENTION = "plumbtune_documents"
 _as_on_gpu: ContextVar[bool] = ContextVar("as_on_gpu", default=False)
@@ -48,7 +48,7 @@ def document_attention(
         dropout: probability, 0 outside training.
         scaling: factor of the scores; None is 1/sqrt(head_dim).
         document_lengths: tokens of each document in row order; their sum is `tokens`.
-        tree: where documents share their beginnings: the tensors have its nodes for tokens.
+        tree: where documents share their beginnings; then `tokens` here are its nodes.
 
     Returns:
         (1, tokens, heads, head_dim), and None for the attention weights.
@@ -57,33 +57,69 @@ def document_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    lengths = list(document_lengths)
-    if tree is not None:
-        query, key, value = (spread(nodes, tree) for nodes in (query, key, value))
     assert query.shape[0] == 1, "packed documents lie in one row"
-    assert sum(lengths) == query.shape[2] == key.shape[2], "document_lengths do not fill the row"
     grouped, dtype = key.shape[1] != query.shape[1], query.dtype
     if query.device.type == "cpu" and dtype != torch.float64 and not _as_on_gpu.get():
         # torch's CPU kernel is several times slower in bfloat16 than in float32 on short
-        # documents (benchmarks/attention_cpu.py), and less exact.
+        # documents, and less exact.
         query, key, value = query.float(), key.float(), value.float()
     elif dtype != value.dtype:  # under autocast the rotation leaves float32
         dtype = value.dtype
         query, key = query.to(dtype), key.to(dtype)
+    if tree is None:
+        documents = _whole_documents(query, key, value, list(document_lengths))
+    else:
+        documents = _documents_of(query, key, value, tree)
     with torch.autocast(query.device.type, enabled=False):
         parts = [
             F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=grouped,
             )
-            for q, k, v in zip(
-                query.split(lengths, dim=2),
-                key.split(lengths, dim=2),
-                value.split(lengths, dim=2),
-                strict=True,
-            )
+            for q, k, v, mask in documents
         ]
-    attended = torch.cat(parts, dim=2).transpose(1, 2).to(dtype)
-    return attended.contiguous() if tree is None else gather(attended, tree), None
+    rows = [part.transpose(1, 2) for part in parts]  # as the kernel has them in memory
+    if tree is not None:  # a document's own nodes are its last ones
+        rows = [row[:, -d.own :] for row, d in zip(rows, tree.documents, strict=True)]
+    return torch.cat(rows, dim=1).to(dtype), None
+
+
+# Query, key and value of a document, and which of its keys a query sees; None where all before it.
+_Document = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def _whole_documents(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int]
+) -> list[_Document]:
+    assert sum(lengths) == query.shape[2] == key.shape[2], "document_lengths do not fill the row"
+    split = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    return [(q, k, v, None) for q, k, v in zip(*split, strict=True)]
+
+
+def _documents_of(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tree: Tree
+) -> list[_Document]:
+    own = query.split([document.own for document in tree.documents], dim=2)
+    queries, keys, values = (tensor.split(tree.pieces, dim=2) for tensor in (query, key, value))
+    documents = []
+    for nodes, document in zip(own, tree.documents, strict=True):
+        k, v = (_joined(pieces, document.pieces) for pieces in (keys, values))
+        q = nodes if document.looks_at is not None else _joined(queries, document.pieces)
+        documents.append((q, k, v, document.looks_at))
+    return documents
+
+
+def _joined(pieces: Sequence[torch.Tensor], chosen: Sequence[int]) -> torch.Tensor:
+    if len(chosen) == 1:
+        return pieces[chosen[0]]
+    # of (heads, tokens) in memory as (tokens, heads), like the pieces
+    return torch.cat([pieces[n].transpose(1, 2) for n in chosen], dim=1).transpose(1, 2)
 
 
 def no_mask(device: torch.device) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 A causal model says the same of the same beginning: rows that begin with one template, system
 message or question differ only behind it. Everything but attention works on single tokens, so a
-row is laid out as the tree of its documents, each node once; attention alone sees every document
-whole. Gradients of the documents add up in the nodes that they share.
+row is laid out as the tree of its documents, each node once. A document's own nodes look at
+themselves and at its beginning, which may lie in several pieces, in the nodes of other documents.
 
     row         A B C D   A B E   A B C F          tokens
     nodes       A B C D       E         F          computed
+    pieces      A B|C|D       E         F
+    the third document: F looks at the pieces A B, C, F
 """
 
 from __future__ import annotations
@@ -14,11 +16,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Document:
+    """How a document lies in the nodes of its row.
+
+    Attributes:
+        own: nodes of its own, of all its tokens the last ones.
+        pieces: what it looks at, the pieces' indices, from its beginning to its end.
+        looks_at: (own, tokens), whether a node of its own sees a token of the document; None where
+            attention without a mask over all its tokens is less work.
+    """
+
+    own: int
+    pieces: list[int]
+    looks_at: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -28,12 +44,14 @@ class Tree:
     Attributes:
         rows: (nodes,) a place in the row where each node stands, rising.
         node_of: (tokens,) the node of each token of the row.
-        others: all other places in the row.
+        pieces: the sizes of runs of nodes of which no document has a part.
+        documents: those with nodes of their own, in the row's order.
     """
 
     rows: torch.Tensor
     node_of: torch.Tensor
-    others: torch.Tensor
+    pieces: list[int]
+    documents: list[Document]
 
 
 def tree_of(input_ids: torch.Tensor, lengths: Sequence[int]) -> Tree | None:
@@ -56,14 +74,46 @@ def tree_of(input_ids: torch.Tensor, lengths: Sequence[int]) -> Tree | None:
     rows, node_of = np.unique(stands, return_inverse=True)
     if len(rows) == len(ids):
         return None
-    others = np.setdiff1d(np.arange(len(ids)), rows, assume_unique=True)
-    return Tree(*(torch.from_numpy(a).to(input_ids.device) for a in (rows, node_of, others)))
+    paths = [node_of[start:end] for start, end in itertools.pairwise(edges)]
+    own = [int((stands[a:b] == np.arange(a, b)).sum()) for a, b in itertools.pairwise(edges)]
+    device = input_ids.device
+    rows_there, node_of_there = (torch.from_numpy(a).to(device) for a in (rows, node_of))
+    return Tree(rows_there, node_of_there, *_pieces(paths, own, len(rows), device))
 
 
 def _num_alike(one: np.ndarray, other: np.ndarray) -> int:
     size = min(len(one), len(other))
     differs = np.flatnonzero(one[:size] != other[:size])
     return int(differs[0]) if len(differs) else size
+
+
+def _pieces(
+    paths: Sequence[np.ndarray], own: Sequence[int], num_nodes: int, device: torch.device
+) -> tuple[list[int], list[Document]]:
+    """Sizes of the pieces, and the documents.
+
+    Args:
+        paths: nodes of each document.
+        own: how many of them are its own.
+    """
+    cuts = {num_nodes}
+    for path in paths:
+        jumps = np.flatnonzero(np.diff(path) != 1)
+        cuts.update(path[[0, *(jumps + 1)]].tolist())
+        cuts.update((path[[*jumps, -1]] + 1).tolist())
+    starts = sorted(cuts)
+    piece_at = {start: piece for piece, start in enumerate(starts)}
+    documents = []
+    for path, nodes in zip(paths, own, strict=True):
+        if nodes == 0:
+            continue
+        pieces = [piece_at[node] for node in path.tolist() if node in piece_at]
+        looks_at = None
+        if nodes < len(path) / 2:  # a causal kernel does half of tokens x tokens
+            looks_at = torch.ones(nodes, len(path), dtype=torch.bool, device=device)
+            looks_at = looks_at.tril(len(path) - nodes)
+        documents.append(Document(nodes, pieces, looks_at))
+    return [end - start for start, end in itertools.pairwise(starts)], documents
 
 
 def draws_dropout(module: torch.nn.Module) -> bool:
@@ -77,54 +127,3 @@ def draws_dropout(module: torch.nn.Module) -> bool:
 
 def _of_attention(module: torch.nn.Module) -> float:
     return float(vars(module).get("attention_dropout", 0.0))
-
-
-def spread(nodes: torch.Tensor, tree: Tree) -> torch.Tensor:
-    """(1, heads, tokens, head_dim) of (1, heads, nodes, head_dim): every document whole."""
-    result: torch.Tensor = _Spread.apply(nodes, tree)
-    return result
-
-
-def gather(tokens: torch.Tensor, tree: Tree) -> torch.Tensor:
-    """(1, nodes, heads, head_dim) of (1, tokens, heads, head_dim): each node once."""
-    result: torch.Tensor = _Gather.apply(tokens, tree)
-    return result
-
-
-class _Spread(torch.autograd.Function):
-    """Rows of memory are copied whole; sums are in one order on every device."""
-
-    @staticmethod
-    def forward(ctx: Any, nodes: torch.Tensor, tree: Tree) -> torch.Tensor:
-        ctx.tree = tree
-        return _lines(nodes.transpose(1, 2), tree.node_of).transpose(1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        tree, tokens = ctx.tree, grad.transpose(1, 2)
-        nodes = _lines(tokens, tree.rows)
-        # unlike `index_add_`, on a GPU too the same sum each time
-        added = _lines(tokens, tree.others)[0]
-        nodes[0].index_put_((tree.node_of[tree.others],), added, accumulate=True)
-        return nodes.transpose(1, 2), None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, tree: Tree) -> torch.Tensor:
-        ctx.tree, ctx.shape = tree, tokens.shape
-        return _lines(tokens, tree.rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        tokens = grad.new_zeros(ctx.shape)
-        tokens[0].index_copy_(0, ctx.tree.rows, grad[0])
-        return tokens, None
-
-
-def _lines(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """(1, chosen, heads, head_dim) of (1, all, heads, head_dim)."""
-    flat = tensor[0].reshape(tensor.shape[1], -1)
-    return flat.index_select(0, index).view(1, len(index), *tensor.shape[2:])

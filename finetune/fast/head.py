@@ -1,4 +1,4 @@
-"""The head of a model that answers with something else than logits, block by block of tokens.
+"""The head of a model that answers with something else than logits, and the loss as such an answer.
 
 Memory then does not grow with tokens times vocabulary. Wrappers (PEFT, DDP, autocast) stay in place
 around it: the model itself is called.
@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from finetune.fast.lora import type_of_products
 
-NUM_LOGITS = 1 << 24  # at once: 64 MiB in float32
+NUM_LOGITS = 1 << 22  # at once: 16 MiB in float32, about what a cache holds
+LEAST_ROWS = 512  # of the vocabulary at once, however many the tokens are
 
 
 # Of the head, its own forward, and hidden states (1, tokens, width): (1, tokens, …).
@@ -53,8 +54,11 @@ def head_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
 
         loss_t = log Σ_v exp(z_tv) - z_t,x(t)        dh_t = g_t (softmax(z_t) - e_x(t)) W
 
-    A block's gradient is made where its logits are, in the forward pass: they are computed once and
-    kept nowhere. Only a head that trains itself computes them again in the backward pass.
+    Logits are made for a part of the vocabulary at a time, as FlashAttention makes scores for a
+    part of the keys (arXiv 2205.14135): Σ exp(z) and Σ exp(z) W go on from part to part, under the
+    largest z so far. So the gradient is made in the forward pass and logits are kept nowhere. The
+    target is not in the sums but beside them: of a likely one, 1 - p would be lost. Only a head
+    that trains itself makes its logits again in the backward pass.
 
     Args:
         hidden: (tokens, width).
@@ -64,15 +68,12 @@ def head_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
     Returns:
         (tokens,) nats, float32, or float64 where the products are.
     """
-    dtype = type_of_products(hidden, weight)
-    result: torch.Tensor = _HeadLosses.apply(hidden, weight, targets, dtype)
-    return result
-
-
-def block_of(num_tokens: int, vocab_size: int) -> int:
-    """Tokens whose logits are held at once; blocks are of one size, as far as that goes."""
-    most = max(NUM_LOGITS // vocab_size, 1)
-    return -(-num_tokens // max(-(-num_tokens // most), 1)) or 1
+    dtype, tokens = type_of_products(hidden, weight), len(targets)
+    # A product whose rows do not begin with a cache line is a third slower on a CPU.
+    missing = -tokens % 16
+    hidden, targets = F.pad(hidden, (0, 0, 0, missing)), F.pad(targets, (0, missing))
+    losses: torch.Tensor = _HeadLosses.apply(hidden, weight, targets, dtype)
+    return losses[:tokens]
 
 
 class _HeadLosses(torch.autograd.Function):
@@ -84,21 +85,30 @@ class _HeadLosses(torch.autograd.Function):
         targets: torch.Tensor,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        size = block_of(len(targets), len(weight))
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             cast, narrow = weight.to(dtype), hidden.to(dtype)
-            grads = torch.empty_like(narrow) if ctx.needs_input_grad[0] else None
-            for start in range(0, len(targets), size):
-                block = slice(start, start + size)
-                errors = _errors(narrow[block], cast, targets[block], losses[block])
+            own = torch.empty(len(targets), dtype=wide, device=hidden.device)  # its logit
+            top, others = torch.full_like(own, torch.finfo(wide).min), torch.zeros_like(own)
+            grads = torch.zeros_like(narrow, dtype=wide) if ctx.needs_input_grad[0] else None
+            for part, logits in _other_logits(narrow, cast, targets, own):
+                top, before = torch.maximum(top, logits.amax(0)), top
+                shrunk, likely = (before - top).exp_(), logits.sub_(top).exp_()
+                others.mul_(shrunk).add_(likely.sum(0))
                 if grads is not None:
-                    torch.mm(errors.to(dtype), cast, out=grads[block])
-                del errors  # before the next block's are made
+                    _add_product(grads.mul_(shrunk.unsqueeze(1)), likely.t(), cast[part])
+            top, before = torch.maximum(top, own), top
+            shrunk, behind = (before - top).exp_(), own - top
+            others.mul_(shrunk)
+            losses, total = torch.log1p(others + behind.expm1()) - behind, others + behind.exp()
+            rest = others / total  # 1 - p of the target
+            if grads is not None:
+                grads.mul_((shrunk / total).unsqueeze(1))
+                grads.addcmul_(cast[targets].to(wide), rest.unsqueeze(1), value=-1)
+                grads = grads.to(dtype)
         ctx.dtype = dtype
         ctx.needs_weight = ctx.needs_input_grad[1]
-        kept = (hidden, weight, targets) if ctx.needs_weight else ()
+        kept = (hidden, weight, targets, top + total.log(), rest) if ctx.needs_weight else ()
         ctx.save_for_backward(grads, *kept)
         return losses
 
@@ -111,16 +121,37 @@ class _HeadLosses(torch.autograd.Function):
         return dhidden, dweight, None, None
 
 
-def _errors(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor
-) -> torch.Tensor:
-    """softmax(z) - e_x of a block, in float32 or float64; writes the block's losses."""
-    logits = torch.mm(hidden, weight.t()).to(losses.dtype)
-    index = targets.unsqueeze(1)
-    torch.log_softmax(logits, 1, out=logits)
-    torch.neg(logits.gather(1, index), out=losses.unsqueeze(1))
-    logits.exp_()
-    return logits.scatter_add_(1, index, torch.full_like(logits[:, :1], -1))
+def _other_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, own: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, tokens) logits of a part of the vocabulary, with -inf for the target's.
+
+    That one goes to `own`, (tokens,), whose type all have. The next part takes the same memory.
+    """
+    vocab, tokens, wide = len(weight), len(hidden), own.dtype
+    rows = min(max(NUM_LOGITS // max(tokens, 1), LEAST_ROWS), vocab)
+    memory = torch.empty(rows + 1, tokens, dtype=wide, device=hidden.device)
+    for start in range(0, vocab, rows):
+        part = slice(start, min(start + rows, vocab))
+        logits = memory[: part.stop - start]
+        if wide == hidden.dtype:
+            torch.mm(weight[part], hidden.t(), out=logits)
+        else:
+            logits.copy_(torch.mm(weight[part], hidden.t()))
+        inside = (targets >= start) & (targets < part.stop)
+        # the last row stands for targets that are in another part
+        place = torch.where(inside, targets - start, rows).unsqueeze(0)
+        torch.where(inside, memory.gather(0, place)[0], own, out=own)
+        memory.scatter_(0, place, -torch.inf)
+        yield part, logits
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left · right, the product in the type of `right`."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(torch.mm(left.to(right.dtype), right))
 
 
 def _weight_gradient(
@@ -129,18 +160,18 @@ def _weight_gradient(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
+    log_total: torch.Tensor,
+    rest: torch.Tensor,
 ) -> torch.Tensor:
     """Σ_t g_t (softmax(z_t) - e_x(t))' h_t, in the weight's type, summed in float32."""
-    size, scratch = block_of(len(targets), len(weight)), torch.empty_like(dloss)
-    gradient = torch.zeros(weight.shape, dtype=dloss.dtype, device=weight.device)
+    gradient = torch.empty(weight.shape, dtype=dloss.dtype, device=weight.device)
     with torch.autocast(weight.device.type, enabled=False):
         cast, narrow = weight.to(dtype), hidden.to(dtype)
-        for start in range(0, len(targets), size):
-            block = slice(start, start + size)
-            errors = _errors(narrow[block], cast, targets[block], scratch[block])
-            errors.mul_(dloss[block].unsqueeze(1))
-            gradient.add_(torch.mm(errors.to(dtype).t(), narrow[block]))
-            del errors
+        for part, logits in _other_logits(narrow, cast, targets, torch.empty_like(dloss)):
+            factors = logits.sub_(log_total).exp_().mul_(dloss)
+            gradient[part] = torch.mm(factors.to(dtype), narrow)
+        own = narrow.to(dloss.dtype) * (rest * dloss).neg().unsqueeze(1)
+        gradient.index_put_((targets,), own, accumulate=True)
     return gradient.to(weight.dtype)
 
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from finetune.fast.head import Answer, answering_head, block_of, plain_losses
+from finetune.fast.head import Answer, answering_head, plain_losses
 from finetune.fast.loss import Packed, rows_for, supervised, supervised_logits
+
+NUM_LOGITS = 1 << 24  # at once: 64 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,17 @@ def _scores_of(targets: torch.Tensor, vocab_size: int) -> Answer:
     """(1, supervised, 2) in place of logits: loss and hit."""
 
     def answer(head: Any, logits_of: Any, hidden: torch.Tensor) -> torch.Tensor:
-        size = block_of(len(targets), vocab_size)
+        size = _block_of(len(targets), vocab_size)
         blocks = zip(hidden[0].split(size), targets.split(size), strict=True)
         return torch.cat([_scored(logits_of(states), ids) for states, ids in blocks]).unsqueeze(0)
 
     return answer
+
+
+def _block_of(num_tokens: int, vocab_size: int) -> int:
+    """Tokens whose logits are held at once; blocks are of one size, as far as that goes."""
+    most = max(NUM_LOGITS // vocab_size, 1)
+    return -(-num_tokens // max(-(-num_tokens // most), 1)) or 1
 
 
 def _scored(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

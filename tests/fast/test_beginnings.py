@@ -1,4 +1,4 @@
-"""The tree of a row's documents, the copies between its nodes and the row, and what is computed."""
+"""The tree of a row's documents, its pieces, and what is computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tolerances import FAST_FLOAT64, FAST_GRADIENT_FLOAT32
 
 from finetune.config import FastSection
-from finetune.fast.beginnings import draws_dropout, gather, spread, tree_of
+from finetune.fast.beginnings import draws_dropout, tree_of
 from finetune.fast.blocks import speed_up
 from finetune.fast.loss import pack, token_losses
 
@@ -35,6 +35,26 @@ def nodes_by_dictionary(documents: list[list[int]]) -> list[tuple[int, ...]]:
     return [tuple(d[: n + 1]) for d in documents for n in range(len(d))]
 
 
+def assert_pieces_are_those_of(tree, documents, expected):
+    """Each document once at most, in order: its own nodes, and its whole path in pieces."""
+    nodes = [expected[row] for row in tree.rows]
+    pieces = torch.arange(len(nodes)).split(tree.pieces)
+    seen, taken = [], 0
+    for document in tree.documents:
+        path = [nodes[n] for piece in document.pieces for n in pieces[piece]]
+        ids = list(path[-1])
+        assert path == nodes_by_dictionary([ids])
+        assert path[-document.own :] == nodes[taken : taken + document.own]
+        taken += document.own
+        assert (document.looks_at is None) == (document.own >= len(path) / 2)
+        if document.looks_at is not None:
+            causal = torch.ones(len(path), len(path), dtype=torch.bool).tril()
+            assert torch.equal(document.looks_at, causal[-document.own :])
+        seen.append(ids)
+    assert taken == len(nodes)
+    assert all(ids in documents for ids in seen)
+
+
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=12))
 def test_a_node_is_a_beginning(documents):
     expected = nodes_by_dictionary(documents)
@@ -44,7 +64,7 @@ def test_a_node_is_a_beginning(documents):
         return
     assert len(tree.rows) == len(set(expected)) < len(expected)
     assert [expected[row] for row in tree.rows[tree.node_of]] == expected
-    assert sorted([*tree.rows.tolist(), *tree.others.tolist()]) == list(range(len(expected)))
+    assert_pieces_are_those_of(tree, documents, expected)
 
 
 @pytest.mark.parametrize("token", [0, 127_999, 2**31 - 1])
@@ -52,20 +72,6 @@ def test_ids_of_any_size(token):
     tree = tree_of(torch.tensor([[token, 5, token, 256]]), [2, 2])
     assert tree is not None
     assert tree.node_of[0] == tree.node_of[2]
-
-
-def test_copies_and_their_gradients():
-    tree = tree_of(row_of([ids for ids, _ in DOCUMENTS]), [len(ids) for ids, _ in DOCUMENTS])
-    assert tree is not None
-    num_nodes, num_tokens = len(tree.rows), len(tree.node_of)
-    torch.manual_seed(0)
-    nodes = torch.randn(1, num_nodes, 2, 3, dtype=torch.float64).transpose(1, 2).requires_grad_()
-    assert torch.equal(spread(nodes, tree), nodes[:, :, tree.node_of])
-    tokens = torch.randn(1, num_tokens, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(gather(tokens, tree), tokens[:, tree.rows])
-    assert torch.equal(gather(spread(nodes, tree).transpose(1, 2), tree), nodes.transpose(1, 2))
-    assert torch.autograd.gradcheck(lambda x: spread(x, tree), nodes)
-    assert torch.autograd.gradcheck(lambda x: gather(x, tree), tokens)
 
 
 def losses_and_gradients(model, documents, **how):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,11 +27,16 @@ def inputs(tokens=11, width=8, vocab=50, dtype=torch.float64, trains=True):
     return hidden.requires_grad_(), weight.requires_grad_(trains), targets
 
 
-@pytest.mark.parametrize("num_logits", [1, 150, 1 << 23], ids=["1", "3 tokens", "all"])
+def in_parts_of(monkeypatch, rows: int) -> None:
+    monkeypatch.setattr(head, "NUM_LOGITS", 1)
+    monkeypatch.setattr(head, "LEAST_ROWS", rows)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 49, 50, 1 << 12])  # of 50
 @pytest.mark.parametrize(("dtype", "limit"), TYPES)
 @pytest.mark.parametrize("trains", [False, True])
-def test_losses_and_gradients_are_those_of_the_whole(monkeypatch, num_logits, dtype, limit, trains):
-    monkeypatch.setattr(head, "NUM_LOGITS", num_logits)
+def test_losses_and_gradients_are_those_of_the_whole(monkeypatch, rows, dtype, limit, trains):
+    in_parts_of(monkeypatch, rows)
     hidden, weight, targets = inputs(dtype=dtype, trains=trains)
     losses = head_losses(hidden, weight, targets)
     assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -45,9 +52,32 @@ def test_losses_and_gradients_are_those_of_the_whole(monkeypatch, num_logits, dt
         assert (found.double() - expected).norm() / expected.norm() < limit
 
 
-def test_gradients_are_the_differences_of_the_values():
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_gradients_are_the_differences_of_the_values(monkeypatch, rows):
+    in_parts_of(monkeypatch, rows)
     hidden, weight, targets = inputs(tokens=3, vocab=7)
     assert torch.autograd.gradcheck(lambda h, w: head_losses(h, w, targets), (hidden, weight))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), TYPES[1:])
+@pytest.mark.parametrize("length", [0.25, 0.5, 1.0])
+def test_what_a_sure_token_still_teaches_is_not_lost(dtype, limit, length):
+    """Near 1, 1 - p of a rounded p is noise, and so is a gradient made of it."""
+    _, weight, targets = inputs(dtype=dtype, width=64)
+    with torch.no_grad():  # whole numbers, whose logits no type rounds
+        weight.copy_(weight.round().clamp(-1, 1))
+    hidden = (length * weight[targets]).detach().requires_grad_()  # towards the target
+    losses = head_losses(hidden, weight, targets)
+    losses.sum().backward()
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    logits = wide[0] @ wide[1].t()
+    others = logits.scatter(1, targets.unsqueeze(1), -torch.inf).logsumexp(1)
+    exact = F.softplus(others - logits.gather(1, targets.unsqueeze(1))[:, 0])
+    exact.sum().backward()
+    assert exact.max() < math.exp(-12 * length)
+    pairs = [(losses, exact), (hidden.grad, wide[0].grad), (weight.grad, wide[1].grad)]
+    for found, expected in pairs:
+        assert (found.double() - expected).norm() / expected.norm() < limit
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
@@ -91,7 +121,7 @@ def peak_bytes(tokens: int, vocab: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_vocabulary(monkeypatch):
-    monkeypatch.setattr(head, "NUM_LOGITS", 1 << 14)
+    in_parts_of(monkeypatch, 32)
     small, large = peak_bytes(4096, 1 << 9), peak_bytes(4096, 1 << 13)
     assert large < 1.2 * small
     assert large < 4096 * (1 << 13) * 4 / 100  # of the logits of all tokens

@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tolerances import LOSS_FLOAT32
 
-from finetune.fast import head
 from finetune.fast import scores as scores_module
 from finetune.fast.loss import pack, token_losses
 from finetune.fast.scores import token_scores
@@ -51,7 +50,7 @@ def test_losses_are_those_of_the_head_as_a_whole(tiny_llama, preset, adapt):
 @pytest.mark.parametrize("num_logits", [1, 1024, 3 * 1024, 1 << 25])
 def test_the_size_of_a_block_changes_nothing(tiny_llama, monkeypatch, num_logits):
     whole = scored(tiny_llama())
-    monkeypatch.setattr(head, "NUM_LOGITS", num_logits)
+    monkeypatch.setattr(scores_module, "NUM_LOGITS", num_logits)
     found = scored(tiny_llama())
     assert (found.losses - whole.losses).abs().max() <= LOSS_FLOAT32 * whole.losses.max()
     assert torch.equal(found.right, whole.right)
@@ -67,7 +66,7 @@ def test_no_more_logits_are_held_than_a_block_has(tiny_llama, monkeypatch):
         return plain(hidden)
 
     model.lm_head.forward = watched
-    monkeypatch.setattr(head, "NUM_LOGITS", 2 * 1024)
+    monkeypatch.setattr(scores_module, "NUM_LOGITS", 2 * 1024)
     found = scored(model)
     assert max(sizes) == 2 and sum(sizes) == len(found.losses) == 6
     assert model.lm_head.forward is watched
