@@ -20,7 +20,7 @@ from finetune.errors import InputError
 
 FREE = frozenset(
     {
-        *("run.resume", "train.logging_steps", "train.report_to"),
+        *("run.resume", "train.logging_steps", "train.report_to", "train.activation_offloading"),
         *("train.save_steps", "train.save_total_limit", "train.eval_steps", "train.eval_on_start"),
         *("eval.per_device_eval_batch_size", "eval.max_new_tokens", "eval.tasks"),
     }

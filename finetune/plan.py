@@ -71,6 +71,7 @@ class Plan:
         timing: where `seconds` comes from, in words.
         checkpoint_bytes: of one checkpoint.
         checkpoints: that lie on the disk at once.
+        offloaded_bytes: of activations in the computer's memory, for each device.
     """
 
     config: RunConfig
@@ -83,6 +84,7 @@ class Plan:
     timing: str
     checkpoint_bytes: int
     checkpoints: int
+    offloaded_bytes: int = 0
 
     @property
     def peak(self) -> int:
@@ -107,6 +109,7 @@ class Plan:
             "sharding": self.cluster.sharding,
             "bytes_by_part": self.bytes_by_part,
             "bytes": self.peak,
+            "offloaded_bytes": self.offloaded_bytes,
             "device_bytes": self.cluster.memory,
             "fits": self.fits,
             "flops_per_step": self.flops,
@@ -147,11 +150,9 @@ def plan_of(
     head = head_footprint(config, arch, work.supervised, kind)
     width = sum(lengths) * arch.dim * int(BYTES[config.base.dtype])
     kept = width if config.train.activation_checkpointing else layer.kept
-    activations = arch.n_layers * kept + width
-    if config.train.activation_checkpointing:
-        activations += max(layer.peak - width, 0)
-    else:
-        activations += layer.peak - layer.kept
+    waiting = (arch.n_layers - 1) * kept
+    offloads = config.train.activation_offloading
+    activations = width + layer.peak + (0 if offloads else waiting)
     parts = {
         "libraries": LIBRARIES_BYTES if kind == "cpu" else CONTEXT_BYTES,
         **_held(budget, cluster),
@@ -172,6 +173,7 @@ def plan_of(
         "not asked for",
         checkpoint_bytes=budget.gradients + budget.optimizer,
         checkpoints=keep + 1,
+        offloaded_bytes=waiting + kept if offloads else 0,
     )
     seconds, timing = _seconds(plan, with_time)
     return replace(plan, seconds=seconds, timing=timing)
@@ -234,6 +236,9 @@ def lines(plan: Plan) -> list[str]:
         f"time     {_time(plan)}",
         f"disk     {plan.checkpoints} checkpoints of {plan.checkpoint_bytes / GIB:.2f} GiB",
     ]
+    if plan.offloaded_bytes:
+        each = f"{plan.offloaded_bytes / GIB:.2f} GiB of activations of each device"
+        found.append(f"host     {each} wait in the computer's memory")
     if plan.config.train.fit == "auto":
         found.append("fit      train.fit=auto: `train` chooses micro-batch and recomputing itself")
     return found
@@ -250,6 +255,8 @@ def _advice(plan: Plan) -> str:
     parts, train = plan.bytes_by_part, plan.config.train
     if parts["activations"] > parts["base"]:
         ways = [] if train.activation_checkpointing else ["train.activation_checkpointing=true"]
+        if plan.cluster.device.kind != "cpu" and not train.activation_offloading:
+            ways.append("train.activation_offloading=true")
         if train.per_device_train_batch_size > 1:
             ways.append(
                 "fewer rows in train.per_device_train_batch_size and more in "

@@ -19,6 +19,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from finetune.artifact import Place, keep_to_oneself
+from finetune.config import RunConfig
 from finetune.config.loader import Loaded, load
 from finetune.errors import (
     CannotContinue,
@@ -61,6 +62,7 @@ def train(loaded: Loaded, allowed: Sequence[str] = ()) -> int:
 
     check_launch()
     trackers.refuse_missing(loaded.config.train.report_to)
+    _refuse_offloading(loaded.config)
     _use_all_cores()
     run = open_run(loaded, allowed) if is_first_rank() else run_of(loaded)
     if run.is_finished:
@@ -81,6 +83,17 @@ def train(loaded: Loaded, allowed: Sequence[str] = ()) -> int:
         raise
     leave_ranks()
     return 0
+
+
+def _refuse_offloading(config: RunConfig) -> None:
+    """On a machine whose activations are in the computer's memory already."""
+    from finetune.devices import this_machine
+
+    if config.train.activation_offloading and this_machine().kind == "cpu":
+        raise InputError(
+            "train.activation_offloading: found true on a machine without a GPU, whose activations "
+            "are in the computer's memory already; allowed: false"
+        )
 
 
 def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ loss (`evaluation.EvaluationSeam`). Source of the facts about the engine: the in
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from finetune.config import FastSection
 from finetune.errors import CannotContinue
 from finetune.evaluation import EvaluationSeam
 from finetune.fast.loss import IGNORED, Packed, token_losses
+from finetune.fast.offload import offloaded
 from finetune.heldout import document_losses
 from finetune.packing import FILLER, BatchPlan, PackLoader, PackSampler, TokenizedRows
 from finetune.prepared import Document, PreparedDocuments
@@ -55,6 +57,7 @@ class TrainerInputs:
         on_spike: record, skip or stop.
         fast: which parts of the step are our own.
         shrinks: whether a step that runs out of memory is done again in smaller pieces.
+        offloads: whether activations wait in the computer's memory.
     """
 
     train: PreparedDocuments
@@ -71,6 +74,7 @@ class TrainerInputs:
     on_spike: str = "record"
     fast: FastSection = field(default_factory=FastSection)
     shrinks: bool = False
+    offloads: bool = False
 
 
 class OurSeams(EvaluationSeam, MemorySeam):
@@ -155,13 +159,14 @@ class OurSeams(EvaluationSeam, MemorySeam):
         assert num_items_in_batch is not None
         assert not return_outputs
         fast = self.ours.fast
-        losses = token_losses(
-            model,
-            Packed(**inputs),
-            in_blocks=fast.loss,
-            dense=not fast.attention,
-            beginnings=fast.beginnings,
-        )
+        with offloaded(model) if self.ours.offloads else contextlib.nullcontext():
+            losses = token_losses(
+                model,
+                Packed(**inputs),
+                in_blocks=fast.loss,
+                dense=not fast.attention,
+                beginnings=fast.beginnings,
+            )
         loss_sum = losses.sum()
         self._step_loss_sum += loss_sum.detach().double()
         loss = loss_sum * (self.accelerator.num_processes / max(num_items_in_batch.item(), 1.0))

@@ -16,6 +16,7 @@ from finetune.__main__ import main
 from finetune.devices import GIB, Device
 from finetune.errors import CannotContinue, CheckFailed, InputError
 from finetune.fast.loss import cut, documents_of, pack
+from finetune.fast.offload import offloaded
 from finetune.plan import Cluster, plan_of
 
 AUTO = "train.fit=auto"
@@ -27,6 +28,31 @@ def machine(bytes_: int) -> Device:
 
 def peak(bench: Bench, *overrides: str) -> int:
     return plan_of(bench.load(*overrides).config, with_time=False).peak
+
+
+def test_offloading_without_a_gpu_is_refused_before_a_folder_is_made(bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="activation_offloading: found true"):
+        bench.train("train.activation_offloading=true")
+    assert not bench.run_folder().path.exists()
+
+
+def test_a_run_whose_activations_wait_elsewhere_is_the_same(
+    bench, tmp_path, small_base, monkeypatch
+):
+    (tmp_path / "plain").mkdir()
+    plain = Bench(tmp_path / "plain", small_base).train()
+    calls = []
+
+    def from_the_cpu(model):
+        calls.append(model)
+        return offloaded(model, "cpu")
+
+    monkeypatch.setattr(trainer, "offloaded", from_the_cpu)
+    monkeypatch.setattr("finetune.train._refuse_offloading", lambda _: None)
+    run = bench.train("train.activation_offloading=true")
+    assert calls
+    assert same_bits(adapter_tensors(run), adapter_tensors(plain))
 
 
 class TestChoice:

@@ -13,7 +13,7 @@ from finetune.config.loader import load
 from finetune.devices import DEVICES, GIB, Device
 from finetune.errors import InputError
 from finetune.llama.architecture import PRESETS, to_llama_config
-from finetune.plan import Cluster, plan_of
+from finetune.plan import Cluster, lines, plan_of
 
 CONFIG = """\
 recipe: sft
@@ -214,6 +214,17 @@ def test_the_405b_model_has_activations_without_allocating_one(config):
     )
     assert recomputed.bytes_by_part["activations"] < plan.bytes_by_part["activations"] / 8
     assert recomputed.flops > 1.3 * plan.flops
+
+
+@pytest.mark.parametrize("recomputed", ["false", "true"])
+def test_offloaded_activations_are_the_computers(config, recomputed):
+    settings = ["data.max_length=4096", f"train.activation_checkpointing={recomputed}"]
+    here = plan_of(config("llama3.1-8b", *settings), cluster())
+    away = plan_of(config("llama3.1-8b", *settings, "train.activation_offloading=true"), cluster())
+    moved = here.bytes_by_part["activations"] - away.bytes_by_part["activations"]
+    assert away.offloaded_bytes * 31 / 32 == moved > 0  # one layer of 32 is being worked on
+    assert here.offloaded_bytes == 0
+    assert any("wait in the computer's memory" in line for line in lines(away))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "vera", "ia3", "oft", "none", "prompt_tuning"])

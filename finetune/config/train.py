@@ -112,6 +112,10 @@ class TrainSection(Section):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
 
+    activation_offloading: bool = False
+    """What the backward pass needs waits in the computer's memory, not in the GPU's, and is copied
+    each way. Not a number changes. With activation_checkpointing: the layers' inputs alone."""
+
     logging_steps: Count = 10
     """Optimiser steps between lines on the terminal (metrics.jsonl has every step)."""
 

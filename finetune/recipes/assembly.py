@@ -65,6 +65,7 @@ def trainer_inputs(parts: Parts) -> TrainerInputs:
         on_spike=config.train.on_spike,
         fast=config.fast,
         shrinks=config.train.fit == "auto",
+        offloads=config.train.activation_offloading,
     )
 
 
