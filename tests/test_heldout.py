@@ -109,7 +109,8 @@ def test_sums_are_in_float64(tiny_llama):
     ids = [n * 37 % 1024 for n in range(2000)]
     long = Document(Example("long"), ids, [True] * 2000)
     with torch.no_grad():
-        losses = token_losses(tiny_llama(), pack([(ids, long.train_mask)])).tolist()
+        packed = pack([(ids, long.train_mask)])
+        losses = token_losses(tiny_llama(), packed, in_blocks=False).tolist()
     assert score(tiny_llama(), [long], 1, CPU).loss_sum == pytest.approx(
         math.fsum(losses), rel=1e-14
     )
