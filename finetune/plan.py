@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LIBRARIES_BYTES = int(0.62 * GIB)
 # What glibc's heap holds beyond the tensors that are alive: blocks of a step, freed and cut up. It
 # is nothing one can derive; these two fit what was measured (docs/scaling.md).
-_HEAP_BYTES, _HEAP_SHARE = int(0.11 * GIB), 0.4
+_HEAP_BYTES, _HEAP_SHARE = int(0.09 * GIB), 0.2
 _SPARE = 0.05  # of the device's memory: the allocator's gaps
 
 
