@@ -86,7 +86,7 @@ def document_attention(
         ]
     rows = [part.transpose(1, 2) for part in parts]  # as the kernel has them in memory
     if tree is not None:  # a document's own nodes are its last ones
-        rows = [row[:, -d.own :] for row, d in zip(rows, tree.documents, strict=True)]
+        rows = [row[:, -b.own :] for row, b in zip(rows, tree.branches, strict=True)]
     return torch.cat(rows, dim=1).to(dtype), None
 
 
@@ -105,13 +105,13 @@ def _whole_documents(
 def _documents_of(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tree: Tree
 ) -> list[_Document]:
-    own = query.split([document.own for document in tree.documents], dim=2)
+    own = query.split([branch.own for branch in tree.branches], dim=2)
     queries, keys, values = (tensor.split(tree.pieces, dim=2) for tensor in (query, key, value))
     documents = []
-    for nodes, document in zip(own, tree.documents, strict=True):
-        k, v = (_joined(pieces, document.pieces) for pieces in (keys, values))
-        q = nodes if document.looks_at is not None else _joined(queries, document.pieces)
-        documents.append((q, k, v, document.looks_at))
+    for nodes, branch in zip(own, tree.branches, strict=True):
+        k, v = (_joined(pieces, branch.pieces) for pieces in (keys, values))
+        q = nodes if branch.looks_at is not None else _joined(queries, branch.pieces)
+        documents.append((q, k, v, branch.looks_at))
     return documents
 
 

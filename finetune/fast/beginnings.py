@@ -22,7 +22,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Document:
+class Branch:
     """How a document lies in the nodes of its row.
 
     Attributes:
@@ -45,13 +45,13 @@ class Tree:
         rows: (nodes,) a place in the row where each node stands, rising.
         node_of: (tokens,) the node of each token of the row.
         pieces: the sizes of runs of nodes of which no document has a part.
-        documents: those with nodes of their own, in the row's order.
+        branches: of the documents with nodes of their own, in the row's order.
     """
 
     rows: torch.Tensor
     node_of: torch.Tensor
     pieces: list[int]
-    documents: list[Document]
+    branches: list[Branch]
 
 
 def tree_of(input_ids: torch.Tensor, lengths: Sequence[int]) -> Tree | None:
@@ -89,8 +89,8 @@ def _num_alike(one: np.ndarray, other: np.ndarray) -> int:
 
 def _pieces(
     paths: Sequence[np.ndarray], own: Sequence[int], num_nodes: int, device: torch.device
-) -> tuple[list[int], list[Document]]:
-    """Sizes of the pieces, and the documents.
+) -> tuple[list[int], list[Branch]]:
+    """Sizes of the pieces, and the branches.
 
     Args:
         paths: nodes of each document.
@@ -103,7 +103,7 @@ def _pieces(
         cuts.update((path[[*jumps, -1]] + 1).tolist())
     starts = sorted(cuts)
     piece_at = {start: piece for piece, start in enumerate(starts)}
-    documents = []
+    branches = []
     for path, nodes in zip(paths, own, strict=True):
         if nodes == 0:
             continue
@@ -112,8 +112,8 @@ def _pieces(
         if nodes < len(path) / 2:  # a causal kernel does half of tokens x tokens
             looks_at = torch.ones(nodes, len(path), dtype=torch.bool, device=device)
             looks_at = looks_at.tril(len(path) - nodes)
-        documents.append(Document(nodes, pieces, looks_at))
-    return [end - start for start, end in itertools.pairwise(starts)], documents
+        branches.append(Branch(nodes, pieces, looks_at))
+    return [end - start for start, end in itertools.pairwise(starts)], branches
 
 
 def draws_dropout(module: torch.nn.Module) -> bool:

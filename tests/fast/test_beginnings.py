@@ -40,16 +40,16 @@ def assert_pieces_are_those_of(tree, documents, expected):
     nodes = [expected[row] for row in tree.rows]
     pieces = torch.arange(len(nodes)).split(tree.pieces)
     seen, taken = [], 0
-    for document in tree.documents:
-        path = [nodes[n] for piece in document.pieces for n in pieces[piece]]
+    for branch in tree.branches:
+        path = [nodes[n] for piece in branch.pieces for n in pieces[piece]]
         ids = list(path[-1])
         assert path == nodes_by_dictionary([ids])
-        assert path[-document.own :] == nodes[taken : taken + document.own]
-        taken += document.own
-        assert (document.looks_at is None) == (document.own >= len(path) / 2)
-        if document.looks_at is not None:
+        assert path[-branch.own :] == nodes[taken : taken + branch.own]
+        taken += branch.own
+        assert (branch.looks_at is None) == (branch.own >= len(path) / 2)
+        if branch.looks_at is not None:
             causal = torch.ones(len(path), len(path), dtype=torch.bool).tril()
-            assert torch.equal(document.looks_at, causal[-document.own :])
+            assert torch.equal(branch.looks_at, causal[-branch.own :])
         seen.append(ids)
     assert taken == len(nodes)
     assert all(ids in documents for ids in seen)
