@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.config import RunConfig
-from finetune.devices import DEVICES, GIB
-from finetune.plan import Cluster, Plan, plan_of
+from finetune.devices import DEVICES, GIB, Cluster
+from finetune.plan import Plan, plan_of
 
 SIZES = ("llama3.1-8b", "llama3.1-70b", "llama3.1-405b")
 CLUSTERS = {

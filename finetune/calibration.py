@@ -1,10 +1,10 @@
-"""How long a training step takes on this machine: one decoder layer and the head are timed.
+"""How long a training step takes on this machine: a decoder layer and the head are timed.
 
-    step = micro-batches · (layers · layer + head) + update of the trained parameters
+    step = micro-batches · (first + (layers - 2) · middle + last + head) + update of what trains
 
-A layer with its adapter runs forward and backward on random numbers exactly as in `train`, so that
-a model of any size is timed in the memory of one layer. Where its micro-batch is too large to run
-in seconds, fewer tokens are timed and the time grows with them.
+A layer with its adapter runs forward and backward on random numbers exactly as in `train`, once in
+each place, so that a model of any size is timed in the memory of one layer. Where its micro-batch
+is too large to run in seconds, fewer tokens are timed and the time grows with them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 
 from finetune.config import RunConfig
 from finetune.fast.allocator import keep_freed_memory
-from finetune.footprint import build_layer, head_pass, layer_pass
+from finetune.footprint import FIRST, LAST, MIDDLE, build_layer, head_pass, layer_pass, layout_of
 from finetune.llama.architecture import Architecture
+from finetune.workload import MicroBatch
 
 _FLOPS_AT_ONCE = 2e11  # of a timed pass: about a second on two cores
 _REPEATS, _ENOUGH_SECONDS = (3, 9), 2.0  # at least and at most; as many as there is time for
@@ -31,63 +32,61 @@ class Seconds:
     """Measured parts of a step.
 
     Attributes:
-        layer: of one decoder layer, forward and backward, on a micro-batch.
+        layers: of all decoder layers, forward and backward, on a micro-batch.
         head: of head and loss on its supervised tokens.
         update: of clipping and the optimizer, for all that trains.
-        timed_tokens: of the pass that was timed.
+        timed_tokens: of the passes that were timed.
     """
 
-    layer: float
+    layers: float
     head: float
     update: float
     timed_tokens: int
 
-    def step(self, num_layers: int, micro_batches: int) -> float:
+    def step(self, micro_batches: int) -> float:
         """Of one optimizer step."""
-        return micro_batches * (num_layers * self.layer + self.head) + self.update
+        return micro_batches * (self.layers + self.head) + self.update
 
 
 def measure(
-    config: RunConfig,
-    arch: Architecture,
-    lengths: list[int],
-    supervised: int,
-    num_trained: int,
-    device: str,
+    config: RunConfig, arch: Architecture, batch: MicroBatch, num_trained: int, device: str
 ) -> Seconds:
     """Times the parts on `device`.
 
     Args:
-        lengths: tokens of each document of a micro-batch.
-        supervised: its trained tokens.
+        batch: of usual size.
         num_trained: parameters that train.
     """
     if config.fast.allocator and device == "cpu":
         keep_freed_memory()  # as `train` does
-    tokens = sum(lengths)
     counts = arch.num_parameters()
     per_token = 4 * (counts.attention + counts.mlp) / arch.n_layers
-    chosen = _first(lengths, max(int(_FLOPS_AT_ONCE / per_token), 16))
+    chosen = batch.first(max(int(_FLOPS_AT_ONCE / per_token), 16))
     with torch.device(device):
-        one = layer_pass(build_layer(config, arch), config, arch, chosen, device)
-        layer = _timed(lambda: one().sum().backward()) * tokens / sum(chosen)
-        few = max(min(supervised, int(_FLOPS_AT_ONCE / (4 * arch.dim * arch.vocab_size))), 1)
-        scored = head_pass(config, arch, few, device)
-        head = _timed(lambda: scored().sum().backward()) * supervised / few
+        layers = _timed_layers(config, arch, chosen, device) * batch.tokens / chosen.tokens
+        few = min(batch.supervised, int(_FLOPS_AT_ONCE / (4 * arch.dim * arch.vocab_size)))
+        scored = head_pass(config, arch, max(few, 1), device)
+        head = _timed(lambda: scored().sum().backward()) * batch.supervised / max(few, 1)
         update = _timed_update(num_trained)
     recomputed = 4 / 3 if config.train.activation_checkpointing else 1.0
-    return Seconds(layer * recomputed, head, update, sum(chosen))
+    return Seconds(layers * recomputed, head, update, chosen.tokens)
 
 
-def _first(lengths: list[int], tokens: int) -> list[int]:
-    """The first documents, the last of them cut, of so many tokens at most."""
-    chosen: list[int] = []
-    for length in lengths:
-        room = tokens - sum(chosen)
-        if room <= 0:
-            break
-        chosen.append(min(length, room))
-    return chosen
+def _timed_layers(config: RunConfig, arch: Architecture, batch: MicroBatch, device: str) -> float:
+    """Of all layers: of one in each place, each of the middle ones like the other."""
+    layer = build_layer(config, arch)
+    layout = layout_of(layer, config, batch)
+
+    def seconds(place: str) -> float:
+        one = layer_pass(layer, config, arch, layout, place, device)
+        return _timed(lambda: one().sum().backward())
+
+    total = seconds(LAST)
+    if arch.n_layers > 1:
+        total += seconds(FIRST)
+    if arch.n_layers > 2:
+        total += (arch.n_layers - 2) * seconds(MIDDLE)
+    return total
 
 
 def _timed_update(num_trained: int) -> float:

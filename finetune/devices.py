@@ -30,6 +30,28 @@ class Device:
     flops: float | None
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """How many devices, and what each of them holds.
+
+    Attributes:
+        device: each of them.
+        count: of devices.
+        sharding: `ddp`: each holds everything; `fsdp`: each holds its part of weights, gradients
+            and moments, and one layer as a whole while it runs.
+    """
+
+    device: Device
+    count: int = 1
+    sharding: str = "ddp"
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes of each process; on a CPU they share the machine's."""
+        memory, shared = self.device.memory, self.device.kind == "cpu"
+        return memory // self.count if memory is not None and shared else memory
+
+
 def _cuda(name: str, memory_gib: float, tflops: float) -> Device:
     return Device(name, "cuda", int(memory_gib * GIB), tflops * 1e12)
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from finetune.artifact import read_json, write_json
 from finetune.config import RunConfig
-from finetune.devices import GIB, Device, this_machine
+from finetune.devices import GIB, Cluster, Device, this_machine
 from finetune.errors import CheckFailed, InputError
-from finetune.plan import Cluster, Plan, plan_of
+from finetune.plan import Plan, plan_of
 
 KEYS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps"),

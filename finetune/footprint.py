@@ -22,11 +22,14 @@ from transformers import LlamaForCausalLM
 from finetune.config import RunConfig
 from finetune.config.adapter import SOFT_PROMPTS
 from finetune.fast.attention import as_on_gpu, no_mask, register
+from finetune.fast.beginnings import Tree, draws_dropout, tree_of
 from finetune.fast.blocks import speed_up
 from finetune.fast.head import head_losses, plain_losses
+from finetune.fast.loss import supervised
 from finetune.llama.architecture import Architecture, to_llama_config
 from finetune.methods import method_of
 from finetune.precision import uses_bf16_autocast
+from finetune.workload import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -42,19 +45,33 @@ class Footprint:
     peak: int
 
 
-def layer_footprint(
-    config: RunConfig, arch: Architecture, lengths: list[int], device: str = "cpu"
-) -> Footprint:
-    """Of one decoder layer with its adapter.
+@dataclass(frozen=True)
+class LayerFootprints:
+    """Of the model's layers.
+
+    Attributes:
+        middle: of each but the last.
+        last: of the last, where tokens that the loss does not read end.
+    """
+
+    middle: Footprint
+    last: Footprint
+
+
+def layer_footprints(
+    config: RunConfig, arch: Architecture, batch: MicroBatch, device: str = "cpu"
+) -> LayerFootprints:
+    """Of decoder layers with their adapters, on a micro-batch.
 
     Args:
-        lengths: tokens of each document of a micro-batch.
         device: `cpu` or `cuda`. Fake tensors of a GPU need a GPU; its kernels keep what those of
             the CPU keep, without the CPU's float32 copies for attention.
     """
     layer = build_layer(config, arch)
+    layout = layout_of(layer, config, batch)
     with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu(device == "cuda"):
-        return _counted(layer_pass(layer, config, arch, lengths, device))
+        of = (layer_pass(layer, config, arch, layout, place, device) for place in (MIDDLE, LAST))
+        return LayerFootprints(*map(_counted, of))
 
 
 def head_footprint(
@@ -65,29 +82,86 @@ def head_footprint(
         return _counted(head_pass(config, arch, supervised, device))
 
 
+FIRST, MIDDLE, LAST = "first", "middle", "last"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A micro-batch as the layers get it.
+
+    Attributes:
+        lengths: tokens of each document.
+        num_nodes: tokens that are computed.
+        tree: where beginnings are shared; None elsewhere.
+        read: (tokens,) what of the last layer's output the loss reads.
+    """
+
+    lengths: list[int]
+    num_nodes: int
+    tree: Tree | None
+    read: torch.Tensor
+
+
+def layout_of(layer: torch.nn.Module, config: RunConfig, batch: MicroBatch) -> Layout:
+    """As `loss.supervised_logits` lays a row out; documents that are not known share nothing."""
+    row, fast = batch.row, config.fast
+    if row is None:
+        return Layout(batch.lengths, batch.tokens, None, torch.arange(batch.supervised))
+    together = fast.beginnings and fast.attention and not draws_dropout(layer)
+    tree = tree_of(row.input_ids, row.document_lengths) if together else None
+    read, _ = supervised(row.labels)
+    if tree is None:
+        return Layout(batch.lengths, batch.tokens, None, read)
+    return Layout(batch.lengths, len(tree.rows), tree, tree.node_of[read].unique())
+
+
 def layer_pass(
-    layer: torch.nn.Module, config: RunConfig, arch: Architecture, lengths: list[int], device: str
+    layer: torch.nn.Module,
+    config: RunConfig,
+    arch: Architecture,
+    layout: Layout,
+    place: str,
+    device: str,
 ) -> Callable[[], torch.Tensor]:
     """A forward pass of a layer of `build_layer`, on tensors as the mode around it makes them.
 
     Args:
+        place: of the layer. Nobody asks the first for the gradient of a frozen embedding.
         device: that would train; the tensors may lie on another.
     """
     _fill(layer)
-    dtype, tokens = getattr(torch, config.base.dtype), sum(lengths)
-    hidden = torch.randn(1, tokens, arch.dim, dtype=dtype, requires_grad=True)
-    angles = torch.rand(1, tokens, arch.head_dim, dtype=dtype)
+    dtype, num_tokens = getattr(torch, config.base.dtype), layout.num_nodes
+    numbers = torch.randn(1, num_tokens, arch.dim, dtype=dtype)
+    angles = torch.rand(1, num_tokens, arch.head_dim, dtype=dtype)
+    here, is_packed = numbers.device, config.fast.attention
+    shared = {"tree": layout.tree, "document_lengths": layout.lengths} if is_packed else {}
+    mask = no_mask(here) if is_packed else _dense_mask(num_tokens, here)
+    asked = place != FIRST or _asks_for_inputs(config)
+    read = layout.read.to(here) if place == LAST else None
 
     def run() -> torch.Tensor:
-        with _products(config, device, hidden.device.type):
+        layer.zero_grad()
+        with _products(config, device, here.type):
             return layer(
-                hidden,
-                attention_mask=no_mask(hidden.device),
+                numbers.detach().requires_grad_(asked),
+                attention_mask=mask,
                 position_embeddings=(angles, angles),
-                document_lengths=lengths,
+                read=read,
+                **shared,
             )
 
     return run
+
+
+def _dense_mask(num_tokens: int, device: torch.device) -> torch.Tensor:
+    """Of the shape of `document_mask`: time and memory do not depend on what it hides."""
+    return torch.ones(1, 1, num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
+
+
+def _asks_for_inputs(config: RunConfig) -> bool:
+    """Whether gradients go on below the first layer: to what trains there, or for recomputing."""
+    trains = config.adapter.method in (*SOFT_PROMPTS, "none", "trainable_tokens")
+    return trains or config.train.activation_checkpointing
 
 
 def head_pass(
@@ -96,7 +170,9 @@ def head_pass(
     """A forward pass of head and loss, likewise."""
     dtype, trains = getattr(torch, config.base.dtype), config.adapter.method == "none"
     hidden = torch.randn(supervised, arch.dim, dtype=dtype, requires_grad=True)
-    weight = torch.randn(arch.vocab_size, arch.dim, dtype=dtype, requires_grad=trains)
+    # as small as real ones: far from the largest logit, products are of denormal numbers, and slow
+    weight = torch.empty(arch.vocab_size, arch.dim, dtype=dtype).normal_(std=0.02)
+    weight.requires_grad_(trains)
     targets = torch.zeros(supervised, dtype=torch.int64)
 
     def run() -> torch.Tensor:
@@ -138,10 +214,10 @@ def build_layer(config: RunConfig, arch: Architecture) -> Any:
 
 
 def _fill(layer: torch.nn.Module) -> None:
-    """Weights, fake where the mode around it is, in the place of those without memory."""
+    """Weights, fake where the mode around is, in the place of those that are not there yet."""
     for module in layer.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and parameter.is_meta:
                 made = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02)
                 module._parameters[name] = torch.nn.Parameter(made, parameter.requires_grad)
 

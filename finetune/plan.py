@@ -1,9 +1,9 @@
 """`plan`: memory by part, time, steps, disk and whether it fits, before anything is loaded.
 
 Weights, gradients and moments are arithmetic (`budget`); activations are counted by running a layer
-on tensors without memory (`footprint`); time is measured on a layer here (`calibration`) or follows
-from a named device's data sheet. Nothing of the model's size is allocated, so 405B is planned on a
-laptop.
+on tensors without memory (`footprint`), and `peak` says what of both is alive at a time; time is
+measured on a layer here (`calibration`) or follows from a named device's data sheet. Nothing of the
+model's size is allocated, so 405B is planned on a laptop.
 """
 
 from __future__ import annotations
@@ -14,46 +14,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from finetune.budget import BYTES, Budget, budget_of
+from finetune.budget import Budget, budget_of
 from finetune.config import RunConfig
-from finetune.config.adapter import SOFT_PROMPTS
 from finetune.config.loader import load
-from finetune.devices import CONTEXT_BYTES, DEVICES, GIB, MFU, Device, this_machine
+from finetune.devices import DEVICES, GIB, MFU, Cluster, this_machine
 from finetune.errors import InputError
 from finetune.llama.architecture import Architecture
+from finetune.peak import peak_of
 from finetune.workload import Workload, workload_of
 
 if TYPE_CHECKING:
     from finetune.data import RunData
 
-# A process after its imports and the trainer's (`benchmarks.plan_check --size tiny`).
-LIBRARIES_BYTES = int(0.62 * GIB)
-# What glibc's heap holds beyond the tensors that are alive: blocks of a step, freed and cut up. It
-# is nothing one can derive; these two fit what was measured (docs/scaling.md).
-_HEAP_BYTES, _HEAP_SHARE = int(0.09 * GIB), 0.2
 _SPARE = 0.05  # of the device's memory: the allocator's gaps
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """How many devices, and what each of them holds.
-
-    Attributes:
-        device: each of them.
-        count: of devices.
-        sharding: `ddp`: each holds everything; `fsdp`: each holds its part of weights, gradients
-            and moments, and one layer as a whole while it runs.
-    """
-
-    device: Device
-    count: int = 1
-    sharding: str = "ddp"
-
-    @property
-    def memory(self) -> int | None:
-        """Bytes of each process; on a CPU they share the machine's."""
-        memory, shared = self.device.memory, self.device.kind == "cpu"
-        return memory // self.count if memory is not None and shared else memory
 
 
 @dataclass(frozen=True)
@@ -139,58 +112,25 @@ def plan_of(
     Raises:
         InputError: the base's architecture is not known without a download.
     """
-    from finetune.footprint import head_footprint, layer_footprint
-
     cluster = cluster or Cluster(this_machine())
     budget, work = budget_of(config, arch), workload_of(config, cluster.count, data)
-    arch, kind = budget.architecture, cluster.device.kind
-    vectors = config.adapter.num_virtual_tokens if config.adapter.method in SOFT_PROMPTS else 0
-    lengths = [length + vectors for length in work.lengths]
-    layer = layer_footprint(config, arch, lengths, kind)
-    head = head_footprint(config, arch, work.supervised, kind)
-    width = sum(lengths) * arch.dim * int(BYTES[config.base.dtype])
-    kept = width if config.train.activation_checkpointing else layer.kept
-    waiting = (arch.n_layers - 1) * kept
-    offloads = config.train.activation_offloading
-    activations = width + layer.peak + (0 if offloads else waiting)
-    parts = {
-        "libraries": LIBRARIES_BYTES if kind == "cpu" else CONTEXT_BYTES,
-        **_held(budget, cluster),
-        "activations": activations,
-        "logits": max(head.peak - (layer.peak - layer.kept), 0),
-    }
-    if kind == "cpu":
-        parts["heap"] = _HEAP_BYTES + int(_HEAP_SHARE * activations)
+    peak = peak_of(config, budget, work, cluster)
     keep = config.train.save_total_limit + config.train.load_best_model_at_end
     plan = Plan(
         config,
         budget,
         work,
         cluster,
-        parts,
+        peak.by_part,
         work.flops(budget, config),
         None,
         "not asked for",
         checkpoint_bytes=budget.gradients + budget.optimizer,
         checkpoints=keep + 1,
-        offloaded_bytes=waiting + kept if offloads else 0,
+        offloaded_bytes=peak.offloaded,
     )
     seconds, timing = _seconds(plan, with_time)
     return replace(plan, seconds=seconds, timing=timing)
-
-
-def _held(budget: Budget, cluster: Cluster) -> dict[str, int]:
-    """Bytes of one device for weights, gradients and moments."""
-    parts, count = budget.by_part(), cluster.count
-    if count == 1:
-        return parts
-    if cluster.sharding == "ddp":
-        return {**parts, "buckets": budget.gradients}
-    counts, arch = budget.parameters, budget.architecture
-    per_parameter = budget.base / counts.total
-    layer = (counts.attention + counts.mlp) / arch.n_layers
-    gathered = int(per_parameter * (2 * layer + max(counts.embedding, counts.head)))
-    return {**{name: size // count for name, size in parts.items()}, "gathered": gathered}
 
 
 def _seconds(plan: Plan, measure: bool) -> tuple[float | None, str]:
@@ -209,11 +149,10 @@ def _seconds(plan: Plan, measure: bool) -> tuple[float | None, str]:
         return None, "not known for a quantised base"
     from finetune import calibration
 
-    arch = budget.architecture
     found = calibration.measure(
-        config, arch, work.usual_lengths, work.usual_supervised, budget.trainable, device.kind
+        config, budget.architecture, work.usual, budget.trainable, device.kind
     )
-    seconds = found.step(arch.n_layers, work.micro_batches)
+    seconds = found.step(work.micro_batches)
     return seconds, f"measured here, a layer on {found.timed_tokens:,} tokens"
 
 

@@ -6,7 +6,9 @@ pack is taken to be full, and the plan says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +19,47 @@ from finetune.errors import InputError
 if TYPE_CHECKING:
     from finetune.batching import Steps
     from finetune.data import RunData
+    from finetune.fast.loss import Packed
 
 _USUAL_DOCUMENT = 256  # tokens of a document where the rows are not known
 _USUAL_SUPERVISED = 0.5
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Documents that go through the model together.
+
+    Attributes:
+        lengths: tokens of each.
+        supervised: their trained tokens.
+        row: the documents laid end to end; None where they are not here.
+    """
+
+    lengths: list[int]
+    supervised: int
+    row: Packed | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of all documents."""
+        return sum(self.lengths)
+
+    def behind_vectors(self, count: int) -> MicroBatch:
+        """The same with so many trained vectors before each document."""
+        return replace(self, lengths=[n + count for n in self.lengths], row=None) if count else self
+
+    def first(self, tokens: int) -> MicroBatch:
+        """The first documents, the last of them cut, of so many tokens at most."""
+        if self.tokens <= tokens:
+            return self
+        ends = [min(end, tokens) for end in itertools.accumulate(self.lengths)]
+        lengths = [end - start for start, end in itertools.pairwise([0, *ends]) if end > start]
+        supervised = max(self.supervised * tokens // self.tokens, 1)
+        row = self.row
+        if row is not None:
+            ids, places, labels = row.input_ids, row.position_ids, row.labels
+            row = type(row)(ids[:, :tokens], places[:, :tokens], labels[:, :tokens], lengths)
+        return MicroBatch(lengths, supervised, row)
 
 
 @dataclass(frozen=True)
@@ -27,20 +67,18 @@ class Workload:
     """Micro-batches and steps.
 
     Attributes:
-        lengths: tokens of each document of the largest micro-batch.
-        supervised: trained tokens of the micro-batch that has the most.
-        usual_lengths: of a micro-batch of usual size.
-        usual_supervised: of it.
+        largest: the micro-batch with the most tokens.
+        most_supervised: trained tokens of the micro-batch that has the most.
+        usual: a micro-batch of usual size.
         micro_batches: of one device in a step.
         tokens_per_step: of all devices, on average.
         steps: the arithmetic of the run; None where the rows are not here.
         num_steps: of the run; None where nothing tells.
     """
 
-    lengths: list[int]
-    supervised: int
-    usual_lengths: list[int]
-    usual_supervised: int
+    largest: MicroBatch
+    most_supervised: int
+    usual: MicroBatch
     micro_batches: int
     tokens_per_step: float
     steps: Steps | None
@@ -48,13 +86,13 @@ class Workload:
 
     def flops(self, budget: Budget, config: RunConfig) -> float:
         """Of one device's step."""
-        tokens, supervised = sum(self.usual_lengths), self.usual_supervised
-        return self.micro_batches * flops_of(budget, config, tokens, supervised)
+        each = flops_of(budget, config, self.usual.tokens, self.usual.supervised)
+        return self.micro_batches * each
 
     def as_json(self) -> dict[str, Any]:
         """What a plan shows of it."""
         return {
-            "micro_batch_tokens": sum(self.lengths),
+            "micro_batch_tokens": self.largest.tokens,
             "tokens_per_step": round(self.tokens_per_step),
             "steps": self.num_steps,
             "epochs": None if self.steps is None else self.steps.epochs,
@@ -67,7 +105,8 @@ class Workload:
             return [self.steps.line()]
         return [
             f"steps    base, tokenizer or rows are not here: packs are taken as full, documents as "
-            f"{_USUAL_DOCUMENT} tokens, {self.supervised / sum(self.lengths):.0%} of them trained; "
+            f"{_USUAL_DOCUMENT} tokens, {self.usual.supervised / self.usual.tokens:.0%} of them "
+            f"trained; "
             f"about {self.tokens_per_step:,.0f} tokens a step"
         ]
 
@@ -106,17 +145,16 @@ def workload_of(config: RunConfig, num_ranks: int, data: RunData | None = None) 
         rest = length - sum(pack)
         documents = (pack + [rest] * bool(rest)) * train.per_device_train_batch_size
     share = 1.0 if config.recipe == "pretrain" else _USUAL_SUPERVISED
-    supervised = max(int(sum(documents) * share), 1)
+    batch = MicroBatch(documents, max(int(sum(documents) * share), 1))
     micro_batches = train.gradient_accumulation_steps
     return Workload(
-        documents,
-        supervised,
-        documents,
-        supervised,
-        micro_batches,
-        float(sum(documents) * micro_batches * num_ranks),
-        None,
-        train.max_steps,
+        largest=batch,
+        most_supervised=batch.supervised,
+        usual=batch,
+        micro_batches=micro_batches,
+        tokens_per_step=float(batch.tokens * micro_batches * num_ranks),
+        steps=None,
+        num_steps=train.max_steps,
     )
 
 
@@ -136,20 +174,27 @@ def _has_rows(config: RunConfig) -> bool:
 
 def _of_rows(config: RunConfig, num_ranks: int, data: RunData) -> Workload:
     from finetune.batching import plan_batches, steps_of
+    from finetune.fast.loss import pack
 
     plan = plan_batches(config, data, num_ranks)
-    lengths, trained = data.train.lengths, data.train.num_trained
-    batches = [batch for batch in plan.epoch(config.run.seed, 0, 0) if batch and batch[0] >= 0]
-    by_size = sorted(batches, key=lambda batch: int(lengths[batch].sum()))
-    largest, usual = by_size[-1], by_size[len(by_size) // 2]
-    if not config.data.packing:  # another epoch or rank may put the longest together
-        largest = lengths.argsort()[-plan.per_device :].tolist()
     steps = steps_of(config, data, plan)
+    lengths, trained = data.train.lengths, data.train.num_trained
+    batches = []
+    for epoch in range(math.ceil(steps.epochs)):
+        left = (steps.total - epoch * steps.per_epoch) * plan.accumulation
+        for rank in range(num_ranks):
+            of_rank = itertools.islice(plan.epoch(config.run.seed, epoch, rank), left)
+            batches += [batch for batch in of_rank if batch[0] >= 0]
+    by_size = sorted(batches, key=lambda batch: int(lengths[batch].sum()))
+
+    def documents(batch: list[int]) -> MicroBatch:
+        row = pack([data.train.pair(index) for index in batch])
+        return MicroBatch(row.document_lengths, max(int(trained[batch].sum()), 1), row)
+
     return Workload(
-        lengths=lengths[largest].tolist(),
-        supervised=max(int(trained[batch].sum()) for batch in batches),
-        usual_lengths=lengths[usual].tolist(),
-        usual_supervised=max(int(trained[usual].sum()), 1),
+        largest=documents(by_size[-1]),
+        most_supervised=max(int(trained[batch].sum()) for batch in batches),
+        usual=documents(by_size[len(by_size) // 2]),
         micro_batches=plan.accumulation,
         tokens_per_step=steps.num_tokens / steps.per_epoch,
         steps=steps,

@@ -13,11 +13,11 @@ from tolerances import SUM_ORDER_FLOAT32
 
 from finetune import checkpoint, fit, shrinking, trainer
 from finetune.__main__ import main
-from finetune.devices import GIB, Device
+from finetune.devices import GIB, Cluster, Device
 from finetune.errors import CannotContinue, CheckFailed, InputError
 from finetune.fast.loss import cut, documents_of, pack
 from finetune.fast.offload import offloaded
-from finetune.plan import Cluster, plan_of
+from finetune.plan import plan_of
 
 AUTO = "train.fit=auto"
 
@@ -61,6 +61,7 @@ class TestChoice:
         config = bench.load(AUTO, *rows).config
         for size in (6, 3, 2, 1):
             change = [f"train.per_device_train_batch_size={size}"]
+            change += [f"train.gradient_accumulation_steps={6 // size}"]
             needed = peak(bench, *change)
             plan = fit.choose(config, Cluster(machine(int(needed / 0.95) + 1000)))
             chosen = plan.config.train
@@ -71,7 +72,7 @@ class TestChoice:
     def test_recomputing_comes_before_giving_up(self, bench):
         config = bench.load(AUTO).config
         needed = peak(bench, "train.per_device_train_batch_size=1")
-        plan = fit.choose(config, Cluster(machine(int(needed / 0.95) - 100_000)))
+        plan = fit.choose(config, Cluster(machine(int(needed / 0.95) - 20_000)))
         assert plan.config.train.activation_checkpointing
         with pytest.raises(InputError, match="no micro-batch fits"):
             fit.choose(config, Cluster(machine(GIB // 2)))

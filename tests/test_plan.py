@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 
 import pytest
+from small_runs import trainer_of
 
 from finetune.__main__ import main
-from finetune.budget import budget_of
+from finetune.budget import architecture_of_base, budget_of
 from finetune.config.loader import load
-from finetune.devices import DEVICES, GIB, Device
+from finetune.devices import DEVICES, GIB, Cluster, Device
 from finetune.errors import InputError
+from finetune.fast.loss import token_losses
+from finetune.footprint import (
+    FIRST,
+    LAST,
+    build_layer,
+    layer_footprints,
+    layer_pass,
+    layout_of,
+)
 from finetune.llama.architecture import PRESETS, to_llama_config
-from finetune.plan import Cluster, lines, plan_of
+from finetune.plan import lines, plan_of
+from finetune.workload import workload_of
 
 CONFIG = """\
 recipe: sft
@@ -222,7 +234,7 @@ def test_offloaded_activations_are_the_computers(config, recomputed):
     here = plan_of(config("llama3.1-8b", *settings), cluster())
     away = plan_of(config("llama3.1-8b", *settings, "train.activation_offloading=true"), cluster())
     moved = here.bytes_by_part["activations"] - away.bytes_by_part["activations"]
-    assert away.offloaded_bytes * 31 / 32 == moved > 0  # one layer of 32 is being worked on
+    assert 29.9 < 32 * moved / away.offloaded_bytes < 31.1  # one layer is worked on, or two
     assert here.offloaded_bytes == 0
     assert any("wait in the computer's memory" in line for line in lines(away))
 
@@ -253,7 +265,66 @@ def test_rows_that_are_here_are_counted(bench):
     run = bench.train()
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     largest = max(line["tokens"] for line in lines if "tokens" in line)
-    assert sum(plan.workload.lengths) >= largest
+    assert plan.workload.largest.tokens >= largest
+
+
+def test_the_largest_micro_batch_is_that_of_the_run(bench):
+    """Of the epochs and the order that the run will have, not the worst that could be."""
+    rows = ["data.packing=false", "train.per_device_train_batch_size=2", "train.max_steps=7"]
+    work = plan_of(bench.load(*rows).config, with_time=False).workload
+    run = bench.train(*rows)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    steps = [line for line in lines if "grad_norm" in line]
+    assert work.largest.tokens == max(line["tokens"] for line in steps)
+    assert work.most_supervised == max(line["tokens_trained"] for line in steps)
+
+
+@pytest.mark.parametrize(
+    "settings", [(), ("fast.beginnings=false",), ("adapter.lora_dropout=0.1",)], ids=str
+)
+def test_layers_are_planned_on_what_they_compute(bench, settings):
+    """Rows that reach the query and the output projection: of a run's layers and of the plan's."""
+    loaded = bench.load(*settings, "adapter.target_modules=[q_proj, o_proj]")
+    config, trainer = loaded.config, trainer_of(loaded)
+    work = workload_of(config, 1)
+    with rows_seen(trainer.model) as (of_query, of_output):
+        token_losses(trainer.model, work.largest.row, beginnings=config.fast.beginnings)
+    layer = build_layer(config, architecture_of_base(config))
+    layout = layout_of(layer, config, work.largest)
+    with rows_seen(layer) as planned:
+        for place in (FIRST, LAST):
+            layer_pass(layer, config, architecture_of_base(config), layout, place, "cpu")()
+    assert planned == ([of_query[0], of_query[-1]], [of_output[0], of_output[-1]])
+    assert (of_query[0] < work.largest.tokens) == (settings == ())
+    assert (of_output[-1] < of_query[0]) == ("lora_dropout" not in str(settings))
+
+
+@contextlib.contextmanager
+def rows_seen(model):
+    """Rows of each call of q_proj, and of o_proj."""
+    seen: tuple[list[int], list[int]] = ([], [])
+    hooks = []
+    for name, module in model.named_modules():
+        for end, rows in zip(("q_proj", "o_proj"), seen, strict=True):
+            if name.endswith(end):
+                note = lambda _, args, rows=rows: rows.append(args[0].shape[-2])  # noqa: E731
+                hooks.append(module.register_forward_pre_hook(note))
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_gradients_take_the_place_of_activations(config, micro_batches):
+    """Of all weights: added to activations only where they are there from a micro-batch before."""
+    steps = f"train.gradient_accumulation_steps={micro_batches}"
+    full = config("llama3.2-1b", "adapter.method=none", "base.dtype=bfloat16", steps)
+    parts = plan_of(full, cluster()).bytes_by_part
+    layers = layer_footprints(full, PRESETS["llama3.2-1b"], workload_of(full, 1).largest, "cuda")
+    at_most = 15 * layers.middle.kept + layers.last.peak
+    beside = parts["activations"] + parts["logits"]
+    assert (beside > at_most) == (micro_batches == 2)
+    assert beside + parts["gradients"] > at_most
 
 
 def test_a_layers_time_is_measured(bench):

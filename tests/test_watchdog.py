@@ -12,6 +12,7 @@ from test_train import on_step
 
 from finetune import checkpoint
 from finetune.errors import CannotContinue, CheckFailed
+from finetune.footprint import LiveBytes
 from finetune.train import train
 from finetune.trainer import OurSeams
 from finetune.watchdog import (
@@ -152,6 +153,15 @@ class TestFrozen:
                 assert checksum([tensor]) != before
                 words[place] ^= 1 << bit
         assert checksum([tensor]) == before
+
+    def test_a_large_tensor_is_summed_in_little_memory(self):
+        """The same sum as in one go, which widens all of it."""
+        tensor = torch.randn(3, 5_000_001)
+        whole = int(tensor.view(torch.int32).sum(dtype=torch.int64))
+        assert checksum([tensor]) == 3 * whole % (1 << 63)
+        with LiveBytes() as live:
+            checksum([tensor])
+        assert live.peak < tensor.nbytes
 
     def test_a_changed_base_is_named(self):
         model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from small_runs import ROOT, losses
 
 from finetune.fast import allocator
@@ -53,3 +54,43 @@ def test_the_switch_and_that_no_number_changes(bench, monkeypatch):
     on = bench.train("train.max_steps=2", "run.name=on")
     assert calls == [1]
     assert losses(on) == losses(off)
+
+
+SHAPES = """
+import ctypes, sys
+if sys.argv[1] == "ours":
+    import finetune
+import torch
+class Heap(ctypes.Structure):  # mallinfo2(3)
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+libc = ctypes.CDLL("libc.so.6")
+libc.mallinfo2.restype = Heap
+weight = torch.randn(64, 64, dtype=torch.bfloat16)
+def products(counts):
+    for count in counts:
+        torch.randn(count, 64, dtype=torch.bfloat16) @ weight
+    found = libc.mallinfo2()
+    return (found.uordblks + found.hblkhd) / 2**20
+before = products([64])
+print(products(range(100, 500)) - before)
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or not torch.cpu._is_avx512_bf16_supported(),
+    reason="the C library is not glibc, or the CPU has no bfloat16 units",
+)
+def test_shapes_of_bfloat16_products_are_forgotten():
+    """400 shapes: without the limits of `finetune.__init__` all of them are kept."""
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    plain = {k: v for k, v in os.environ.items() if k not in names}
+
+    def mib(how: str) -> float:
+        command = [sys.executable, "-c", SHAPES, how]
+        done = subprocess.run(
+            command, cwd=ROOT, check=True, capture_output=True, text=True, env=plain
+        )
+        return float(done.stdout)
+
+    assert mib("ours") < 100 < mib("torch's")

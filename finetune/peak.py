@@ -1,0 +1,124 @@
+"""Memory of one device at the peak of a step, by part.
+
+Weights, gradients and moments are there all the time (`budget`); of activations, as much as the
+layers and the head have at once (`footprint`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune.budget import BYTES, Budget
+from finetune.config import RunConfig
+from finetune.config.adapter import SOFT_PROMPTS
+from finetune.devices import CONTEXT_BYTES, GIB, Cluster
+from finetune.workload import Workload
+
+# A process after its imports and the trainer's (`benchmarks.plan_check --size tiny`).
+LIBRARIES_BYTES = int(0.55 * GIB)
+# What glibc's heap holds beyond the tensors that are alive: blocks of a step, freed and cut up. It
+# is nothing one can derive; these shares of a layer's own peak and of all that is alive fit what
+# was measured (docs/scaling.md), and so does what kernels of bfloat16 products take with them.
+_HEAP_OF_LAYER, _HEAP_OF_ALIVE, _HEAP_OF_BFLOAT16 = 1.2, 0.17, int(0.14 * GIB)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes of one device.
+
+    Attributes:
+        by_part: their sum is the peak.
+        offloaded: of activations in the computer's memory.
+    """
+
+    by_part: dict[str, int]
+    offloaded: int
+
+
+def peak_of(config: RunConfig, budget: Budget, work: Workload, cluster: Cluster) -> Peak:
+    """The peak of a config's steps."""
+    on_cpu = cluster.device.kind == "cpu"
+    alive = _alive(config, budget, work, cluster)
+    parts = {
+        "libraries": LIBRARIES_BYTES if on_cpu else CONTEXT_BYTES,
+        **_held(budget, cluster),
+        "activations": alive.activations,
+        "logits": alive.logits,
+    }
+    if on_cpu:
+        parts["heap"] = _heap(config, alive)
+    return Peak(parts, alive.offloaded)
+
+
+def _held(budget: Budget, cluster: Cluster) -> dict[str, int]:
+    """Bytes of one device for weights, gradients and moments."""
+    parts, count = budget.by_part(), cluster.count
+    if count == 1:
+        return parts
+    if cluster.sharding == "ddp":
+        return {**parts, "buckets": budget.gradients}
+    counts, arch = budget.parameters, budget.architecture
+    per_parameter = budget.base / counts.total
+    layer = (counts.attention + counts.mlp) / arch.n_layers
+    gathered = int(per_parameter * (2 * layer + max(counts.embedding, counts.head)))
+    return {**{name: size // count for name, size in parts.items()}, "gathered": gathered}
+
+
+@dataclass(frozen=True)
+class _Alive:
+    """Bytes of a micro-batch at the peak of its step.
+
+    Attributes:
+        activations: of all layers, and the gradients of one.
+        logits: of head and loss beyond that.
+        layer: of these, what one layer holds at most while it is worked on.
+        offloaded: in the computer's memory.
+    """
+
+    activations: int
+    logits: int
+    layer: int
+    offloaded: int
+
+
+def _alive(config: RunConfig, budget: Budget, work: Workload, cluster: Cluster) -> _Alive:
+    """The peak is where the head runs, or where the backward pass begins.
+
+    Gradients of what trains are counted by themselves. All weights of one micro-batch have theirs
+    only as its activations go, so that at the beginning they are not there yet.
+    """
+    from finetune.footprint import head_footprint, layer_footprints
+
+    arch, kind = budget.architecture, cluster.device.kind
+    vectors = config.adapter.num_virtual_tokens if config.adapter.method in SOFT_PROMPTS else 0
+    layers = layer_footprints(config, arch, work.largest.behind_vectors(vectors), kind)
+    head = head_footprint(config, arch, work.most_supervised, kind)
+    tokens = work.largest.tokens + vectors * len(work.largest.lengths)
+    width = tokens * arch.dim * int(BYTES[config.base.dtype])
+    recomputed = config.train.activation_checkpointing
+    kept, of_last = (width, width) if recomputed else (layers.middle.kept, layers.last.kept)
+    offloads = config.train.activation_offloading
+    waiting = (arch.n_layers - 1) * kept
+    here = 0 if offloads else waiting
+    # the backward pass of the last layer, or of the one before it
+    in_layers = width + max(here + layers.last.peak, max(here - kept, 0) + layers.middle.peak)
+    at_head = width + here + (0 if offloads else of_last) + head.peak
+    if config.adapter.method == "none" and work.micro_batches == cluster.count == 1:
+        heads = budget.parameters.head or budget.parameters.embedding
+        of_head = heads * int(BYTES[config.base.dtype])
+        in_layers = max(in_layers + of_head - budget.gradients, width + layers.middle.peak)
+        at_head -= budget.gradients
+    return _Alive(
+        activations=in_layers,
+        logits=max(at_head - in_layers, 0),
+        layer=layers.middle.peak,
+        offloaded=waiting + of_last if offloads else 0,
+    )
+
+
+def _heap(config: RunConfig, alive: _Alive) -> int:
+    in_bfloat16 = config.base.dtype == "bfloat16" or config.train.bf16 is True
+    return (
+        int(_HEAP_OF_LAYER * alive.layer + _HEAP_OF_ALIVE * (alive.activations + alive.logits))
+        + in_bfloat16 * _HEAP_OF_BFLOAT16
+    )
