@@ -69,15 +69,17 @@ compare: $(STAMP)  ## every method on the embedded base, with a table and a plot
 	$(PY) -m benchmarks.compare_methods --folder runs/compare --json runs/compare/result.json \
 		--plot runs/compare/result.svg $(ARGS)
 
-bench: $(STAMP)  ## speed and memory beside TRL, interleaved; ARGS="--torchtune PYTHON --litgpt PYTHON"
+bench: $(STAMP)  ## speed and memory beside TRL and what bench-peers set up, interleaved: an hour
 	$(PY) -m benchmarks.speed --folder build/speed --json build/speed.json $(ARGS)
 
-bench-peers: $(STAMP)  ## build/peers/torchtune and build/peers/litgpt, for make bench: --torchtune build/peers/torchtune/bin/python
-	for peer in "torchtune==0.6.1 torchao==0.9.0" "litgpt==0.5.13"; do \
-		folder=build/peers/$${peer%%=*}; \
-		$(PYTHON) -m venv $$folder && \
-		$$folder/bin/pip install $(PIP_ARGS) "$$(grep -m1 '^torch==' constraints.txt)" && \
-		$$folder/bin/pip install $(PIP_ARGS) $$peer || exit 1; \
+# One environment each. LLaMA-Factory first without what it asks for: torchaudio would bring CUDA.
+bench-peers: $(STAMP)  ## torchtune, LitGPT, LLaMA-Factory and axolotl in build/peers, for make bench
+	for peer in torchtune litgpt llamafactory axolotl; do \
+		pip="build/peers/$$peer/bin/pip install $(PIP_ARGS)" && \
+		$(PYTHON) -m venv build/peers/$$peer && \
+		$$pip "$$(grep -m1 '^torch==' constraints.txt)" && \
+		{ test $$peer != llamafactory || $$pip --no-deps llamafactory==0.9.5; } && \
+		$$pip "$$(grep -m1 '^torch==' constraints.txt)" -r benchmarks/speed/peers/$$peer.txt || exit 1; \
 	done
 
 faults: $(STAMP)  ## kills, full disks, power cuts and damage at every point of a run: an hour, in parts with --only

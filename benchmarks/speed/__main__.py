@@ -35,7 +35,7 @@ ALLOCATORS = {
         "glibc.malloc.trim_threshold=17179869184"
     },
 }
-PEERS = ("torchtune", "litgpt")  # each needs an environment of its own
+PEERS = ("torchtune", "litgpt", "llamafactory", "axolotl")  # each in an environment of its own
 _OURS = ("fast.allocator=false",)  # every contender gets the same
 _OFF = tuple(f"fast.{part}=false" for part in FastSection.model_fields if part != "allocator")
 
@@ -47,10 +47,12 @@ class Contender:
     Attributes:
         module: of `benchmarks.speed`.
         arguments: beyond those that all have.
+        dtypes: that it trains in, on a CPU.
     """
 
     module: str
     arguments: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = DTYPES
 
 
 CONTENDERS = {
@@ -61,6 +63,10 @@ CONTENDERS = {
     "trl padded": Contender("trl_trainer", ("--padded",)),
     "torchtune packed": Contender("torchtune_trainer"),
     "litgpt padded": Contender("litgpt_trainer"),  # it has no packing
+    "llamafactory packed": Contender("llamafactory_trainer", ("--packed",)),
+    "llamafactory padded": Contender("llamafactory_trainer"),
+    "axolotl packed": Contender("axolotl_trainer", ("--packed",), ("float32",)),
+    "axolotl padded": Contender("axolotl_trainer", (), ("float32",)),
     **{f"ours without {off.split('=')[0]}": Contender("ours", (off, *_OURS)) for off in _OFF},
     "ours with nothing fast": Contender("ours", (*_OFF, *_OURS)),
 }
@@ -78,11 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--allocator", nargs="*", choices=ALLOCATORS, default=list(ALLOCATORS))
     usual = [name for name in CONTENDERS if "nf4" not in name]
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=usual)
-    for peer in PEERS:
-        parser.add_argument(f"--{peer}", help="the interpreter of an environment that has it")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        default=ROOT / "build" / "peers",
+        help="where make bench-peers put them",
+    )
     args = parser.parse_args(argv)
-    absent = [peer for peer in PEERS if getattr(args, peer) is None]
-    args.only = [name for name in args.only if not name.startswith(tuple(absent))]
+    args.only = those_at_hand(args.only, args.peers)
     folder = args.folder.resolve()
     make(folder, SIZES[args.size])
     runs = []
@@ -103,15 +112,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def those_at_hand(names: Sequence[str], peers: Path) -> list[str]:
+    """Contenders but those whose environment is not there, which is said."""
+    absent = tuple(peer for peer in PEERS if not _environment(peers, peer).exists())
+    if absent:
+        print(f"not in {peers}, so left out: {', '.join(absent)}", file=sys.stderr)
+    return [name for name in names if not name.startswith(absent)]
+
+
 def _interleaved(
     folder: Path, args: argparse.Namespace, dtype: str, environment: dict[str, str]
 ) -> dict[str, Any]:
     """Every contender once a round; what each process noted, by contender."""
-    notes: dict[str, list[Any]] = {name: [] for name in args.only}
+    chosen = [name for name in args.only if dtype in CONTENDERS[name].dtypes]
+    notes: dict[str, list[Any]] = {name: [] for name in chosen}
     gflops = []
     for number in range(args.rounds):
         gflops.append(_roofline(dtype, environment))
-        for name in args.only:
+        for name in chosen:
             contender = CONTENDERS[name]
             result = folder / f"{name.replace(' ', '-')}.json"
             command = [_interpreter(name, args), "-m", f"benchmarks.speed.{contender.module}"]
@@ -126,8 +144,13 @@ def _interleaved(
 
 def _interpreter(name: str, args: argparse.Namespace) -> str:
     """Of the contender's environment."""
-    found = [getattr(args, peer) for peer in PEERS if name.startswith(peer)]
-    return found[0] if found else sys.executable
+    found = [_environment(args.peers, peer) for peer in PEERS if name.startswith(peer)]
+    return str(found[0]) if found else sys.executable
+
+
+def _environment(peers: Path, peer: str) -> Path:
+    """Its interpreter; a link, which must not be followed."""
+    return peers.absolute() / peer / "bin" / "python"
 
 
 def _useful(folder: Path, args: argparse.Namespace) -> list[dict[str, float]]:

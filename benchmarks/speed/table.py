@@ -82,7 +82,8 @@ def _flops(run: dict[str, Any], name: str, warm: int) -> float:
 def _loss_difference(run: dict[str, Any], name: str) -> str:
     """From TRL's losses on the same packs, relative, the largest of all steps."""
     notes, reference = run["notes"][name][0], run["notes"].get("trl packed")
-    if reference is None or name == "trl packed" or ("tokens" in notes and "padded" in name):
+    has_same = _counts(run, name, "tokens") == [step["tokens"] for step in run["useful_flops"]]
+    if reference is None or name == "trl packed" or not has_same:
         return ""
     pairs = zip(notes["losses"], reference[0]["losses"], strict=True)
     return f"{max(abs(a - b) / b for a, b in pairs):.1e}"

@@ -30,7 +30,7 @@ def main() -> int:
 
     recorder = Recorder(args.result)
     steps = json.loads((args.folder / "steps.json").read_text(encoding="utf-8"))[: args.steps]
-    rows, batch = (_single_rows if args.padded else _packed_rows)(steps)
+    rows, batch = (single_rows if args.padded else packed_rows)(steps)
     base = args.folder / f"base-{args.dtype}"
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, args.dtype))
     model = PeftModel.from_pretrained(model, args.folder / "adapter", is_trainable=True)
@@ -69,7 +69,8 @@ def main() -> int:
     return 0
 
 
-def _packed_rows(steps: list[Any]) -> tuple[list[dict[str, Any]], int]:
+def packed_rows(steps: list[Any]) -> tuple[list[dict[str, Any]], int]:
+    """Packs as rows, and how many of them are a step."""
     rows = [
         {
             "input_ids": [i for ids, _ in pack for i in ids],
@@ -82,7 +83,8 @@ def _packed_rows(steps: list[Any]) -> tuple[list[dict[str, Any]], int]:
     return rows, len(steps[0])
 
 
-def _single_rows(steps: list[Any]) -> tuple[list[dict[str, Any]], int]:
+def single_rows(steps: list[Any]) -> tuple[list[dict[str, Any]], int]:
+    """Documents as rows in the packs' order, enough for all steps, and how many are a step."""
     documents = [document for packs in steps for pack in packs for document in pack]
     rows = [{"input_ids": ids, "labels": labels} for ids, labels in documents]
     while len(rows) < ROWS_IN_A_BATCH * len(steps):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.speed import table
-from benchmarks.speed.__main__ import main
+from benchmarks.speed.__main__ import main, those_at_hand
 from benchmarks.speed.roofline import measured
 from benchmarks.speed.workload import SIZES, config_of
 from finetune.budget import budget_of
@@ -70,6 +70,22 @@ def test_a_step_counts_with_its_better_round_and_the_first_ones_not_at_all():
     assert cells[1:] == [
         *("2.000", "1.00–3.00", "100", "50", "2.00", "5 %", "200", "1.0e-03"),
     ]
+
+
+def test_losses_of_other_rows_are_not_compared():
+    run = run_of([[9, 1, 1, 3], [9, 3, 3, 1]])
+    for note in run["notes"]["ours"]:
+        note["tokens"] = [90, 100, 100, 110]
+    assert "| 1.0e-03 |" not in table.lines(run, 1)
+
+
+def test_peers_that_are_not_there_are_left_out_aloud(tmp_path, capsys):
+    there = tmp_path / "axolotl" / "bin" / "python"
+    there.parent.mkdir(parents=True)
+    there.touch()
+    asked = ["ours", "axolotl padded", "litgpt padded", "torchtune packed"]
+    assert those_at_hand(asked, tmp_path) == ["ours", "axolotl padded"]
+    assert "left out: torchtune, litgpt, llamafactory" in capsys.readouterr().err
 
 
 def test_useful_flops_are_four_a_frozen_weight_and_six_a_trained_one():
