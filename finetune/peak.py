@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from finetune.budget import BYTES, Budget
 from finetune.config import RunConfig
 from finetune.config.adapter import SOFT_PROMPTS
-from finetune.devices import CONTEXT_BYTES, GIB, Cluster
+from finetune.devices import CONTEXT_BYTES, GIB, Cluster, Device
+from finetune.errors import InputError
 from finetune.workload import Workload
 
 # A process after its imports and the trainer's (`benchmarks.plan_check --size tiny`).
@@ -35,8 +36,26 @@ class Peak:
     offloaded: int
 
 
+def refuse_offloading(config: RunConfig, device: Device) -> None:
+    """On a machine whose activations are in the computer's memory already.
+
+    Raises:
+        InputError: the config asks for it there.
+    """
+    if config.train.activation_offloading and device.kind == "cpu":
+        raise InputError(
+            "train.activation_offloading: found true on a machine without a GPU, whose activations "
+            "are in the computer's memory already; allowed: false"
+        )
+
+
 def peak_of(config: RunConfig, budget: Budget, work: Workload, cluster: Cluster) -> Peak:
-    """The peak of a config's steps."""
+    """The peak of a config's steps.
+
+    Raises:
+        InputError: activations cannot be offloaded from that device.
+    """
+    refuse_offloading(config, cluster.device)
     on_cpu = cluster.device.kind == "cpu"
     alive = _alive(config, budget, work, cluster)
     parts = {

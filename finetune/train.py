@@ -57,12 +57,13 @@ def train(loaded: Loaded, allowed: Sequence[str] = ()) -> int:
     Raises:
         FinetuneError: with the exit code of the contract; run.json says the same.
     """
-    from finetune import trackers
+    from finetune import peak, trackers
+    from finetune.devices import this_machine
     from finetune.run_folder import locked, open_run, run_of
 
     check_launch()
     trackers.refuse_missing(loaded.config.train.report_to)
-    _refuse_offloading(loaded.config)
+    peak.refuse_offloading(loaded.config, this_machine())
     _use_all_cores()
     run = open_run(loaded, allowed) if is_first_rank() else run_of(loaded)
     if run.is_finished:
@@ -83,17 +84,6 @@ def train(loaded: Loaded, allowed: Sequence[str] = ()) -> int:
         raise
     leave_ranks()
     return 0
-
-
-def _refuse_offloading(config: RunConfig) -> None:
-    """On a machine whose activations are in the computer's memory already."""
-    from finetune.devices import this_machine
-
-    if config.train.activation_offloading and this_machine().kind == "cpu":
-        raise InputError(
-            "train.activation_offloading: found true on a machine without a GPU, whose activations "
-            "are in the computer's memory already; allowed: false"
-        )
 
 
 def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ from test_resume import stopped_at
 from tolerances import SUM_ORDER_FLOAT32
 
 from finetune import checkpoint, fit, shrinking, trainer
+from finetune import peak as peak_module
 from finetune.__main__ import main
 from finetune.devices import GIB, Cluster, Device
 from finetune.errors import CannotContinue, CheckFailed, InputError
@@ -35,6 +36,8 @@ def test_offloading_without_a_gpu_is_refused_before_a_folder_is_made(bench, monk
     with pytest.raises(InputError, match="activation_offloading: found true"):
         bench.train("train.activation_offloading=true")
     assert not bench.run_folder().path.exists()
+    with pytest.raises(InputError, match="activation_offloading: found true"):
+        peak(bench, "train.activation_offloading=true")
 
 
 def test_a_run_whose_activations_wait_elsewhere_is_the_same(
@@ -49,7 +52,7 @@ def test_a_run_whose_activations_wait_elsewhere_is_the_same(
         return offloaded(model, "cpu")
 
     monkeypatch.setattr(trainer, "offloaded", from_the_cpu)
-    monkeypatch.setattr("finetune.train._refuse_offloading", lambda _: None)
+    monkeypatch.setattr(peak_module, "refuse_offloading", lambda *_: None)
     run = bench.train("train.activation_offloading=true")
     assert calls
     assert same_bits(adapter_tensors(run), adapter_tensors(plain))

@@ -129,7 +129,7 @@ def _interleaved(
     gflops = []
     for number in range(args.rounds):
         gflops.append(_roofline(dtype, environment))
-        for name in chosen:
+        for name in reversed(chosen) if number % 2 else chosen:  # a machine slows and speeds up
             contender = CONTENDERS[name]
             result = folder / f"{name.replace(' ', '-')}.json"
             command = [_interpreter(name, args), "-m", f"benchmarks.speed.{contender.module}"]
