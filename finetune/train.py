@@ -19,7 +19,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from finetune.artifact import Place, keep_to_oneself
-from finetune.config import RunConfig
 from finetune.config.loader import Loaded, load
 from finetune.errors import (
     CannotContinue,
