@@ -230,7 +230,9 @@ class TestAgainstPlainTorch:
         """W + s·B·A written out by hand, trained by hand in float64, against PEFT's layers."""
         settings = (
             *("train.max_steps=2", "train.per_device_train_batch_size=24", "data.packing=false"),
-            *("train.adam_epsilon=1e-4", "train.lr_scheduler_type=constant"),
+            # Large, as these gradients are small: AdamW would multiply their rounding, which is
+            # another on each kind of CPU, by rate over epsilon.
+            *("train.adam_epsilon=1e-3", "train.lr_scheduler_type=constant"),
         )
         run = bench.train(*settings)
         trainer = trainer_of(bench.load(*settings, "run.name=other"))
@@ -244,7 +246,7 @@ class TestAgainstPlainTorch:
         factors = torch.nn.ParameterDict(
             {key.replace(".", "/"): value.clone() for key, value in start.items()}
         )
-        optimizer = AdamWByHand(factors, beta2=0.999, epsilon=1e-4, weight_decay=0.0)
+        optimizer = AdamWByHand(factors, beta2=0.999, epsilon=1e-3, weight_decay=0.0)
         for line in step_lines(run):
             updated = dict(weights)
             for key in factors:
