@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _USUAL_DOCUMENT = 256  # tokens of a document where the rows are not known
 _USUAL_SUPERVISED = 0.5
+_MOST_BATCHES = 1 << 18  # of a run, among which the largest is looked for
 
 
 @dataclass(frozen=True)
@@ -173,27 +174,38 @@ def _has_rows(config: RunConfig) -> bool:
 
 
 def _of_rows(config: RunConfig, num_ranks: int, data: RunData) -> Workload:
+    import numpy as np
+
     from finetune.batching import plan_batches, steps_of
     from finetune.fast.loss import pack
 
     plan = plan_batches(config, data, num_ranks)
     steps = steps_of(config, data, plan)
     lengths, trained = data.train.lengths, data.train.num_trained
-    batches = []
-    for epoch in range(math.ceil(steps.epochs)):
-        left = (steps.total - epoch * steps.per_epoch) * plan.accumulation
-        for rank in range(num_ranks):
-            of_rank = itertools.islice(plan.epoch(config.run.seed, epoch, rank), left)
-            batches += [batch for batch in of_rank if batch[0] >= 0]
-    by_size = sorted(batches, key=lambda batch: int(lengths[batch].sum()))
+    run = (
+        batch
+        for epoch in range(math.ceil(steps.epochs))
+        for rank in range(num_ranks)
+        for batch in itertools.islice(
+            plan.epoch(config.run.seed, epoch, rank),
+            (steps.total - epoch * steps.per_epoch) * plan.accumulation,
+        )
+        if batch[0] >= 0
+    )
+    batches = list(itertools.islice(run, _MOST_BATCHES))
+    ends = np.cumsum([len(batch) for batch in batches])
+    flat, starts = np.concatenate(batches), np.concatenate(([0], ends[:-1]))
+    tokens = np.add.reduceat(lengths[flat].astype(np.int64), starts)
+    supervised = np.add.reduceat(trained[flat].astype(np.int64), starts)
+    by_size = np.argsort(tokens, kind="stable")
 
-    def documents(batch: list[int]) -> MicroBatch:
-        row = pack([data.train.pair(index) for index in batch])
-        return MicroBatch(row.document_lengths, max(int(trained[batch].sum()), 1), row)
+    def documents(number: int) -> MicroBatch:
+        row = pack([data.train.pair(index) for index in batches[number]])
+        return MicroBatch(row.document_lengths, max(int(supervised[number]), 1), row)
 
     return Workload(
         largest=documents(by_size[-1]),
-        most_supervised=max(int(trained[batch].sum()) for batch in batches),
+        most_supervised=int(supervised.max()),
         usual=documents(by_size[len(by_size) // 2]),
         micro_batches=plan.accumulation,
         tokens_per_step=steps.num_tokens / steps.per_epoch,
