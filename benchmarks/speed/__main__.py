@@ -114,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def those_at_hand(names: Sequence[str], peers: Path) -> list[str]:
     """Contenders but those whose environment is not there, which is said."""
-    absent = tuple(peer for peer in PEERS if not _environment(peers, peer).exists())
+    asked = [peer for peer in PEERS if any(name.startswith(peer) for name in names)]
+    absent = tuple(peer for peer in asked if not _environment(peers, peer).exists())
     if absent:
         print(f"not in {peers}, so left out: {', '.join(absent)}", file=sys.stderr)
     return [name for name in names if not name.startswith(absent)]
