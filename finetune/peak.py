@@ -136,7 +136,9 @@ def _alive(config: RunConfig, budget: Budget, work: Workload, cluster: Cluster) 
 
 
 def _heap(config: RunConfig, alive: _Alive) -> int:
-    in_bfloat16 = config.base.dtype == "bfloat16" or config.train.bf16 is True
+    from finetune.precision import uses_bf16_autocast
+
+    in_bfloat16 = config.base.dtype == "bfloat16" or uses_bf16_autocast(config, "cpu")
     return (
         int(_HEAP_OF_LAYER * alive.layer + _HEAP_OF_ALIVE * (alive.activations + alive.logits))
         + in_bfloat16 * _HEAP_OF_BFLOAT16
