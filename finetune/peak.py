@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from finetune.budget import BYTES, Budget
 from finetune.config import RunConfig
 from finetune.config.adapter import SOFT_PROMPTS
-from finetune.devices import CONTEXT_BYTES, GIB, Cluster, Device
+from finetune.devices import CONTEXT_BYTES, GIB, Cluster, Device, this_machine
 from finetune.errors import InputError
 from finetune.workload import Workload
 
@@ -36,13 +36,17 @@ class Peak:
     offloaded: int
 
 
-def refuse_offloading(config: RunConfig, device: Device) -> None:
+def refuse_offloading(config: RunConfig, device: Device | None = None) -> None:
     """On a machine whose activations are in the computer's memory already.
+
+    Args:
+        device: None is this machine, which is looked at only where the config offloads: on a GPU
+            that costs memory, in every rank.
 
     Raises:
         InputError: the config asks for it there.
     """
-    if config.train.activation_offloading and device.kind == "cpu":
+    if config.train.activation_offloading and (device or this_machine()).kind == "cpu":
         raise InputError(
             "train.activation_offloading: found true on a machine without a GPU, whose activations "
             "are in the computer's memory already; allowed: false"

@@ -57,12 +57,11 @@ def train(loaded: Loaded, allowed: Sequence[str] = ()) -> int:
         FinetuneError: with the exit code of the contract; run.json says the same.
     """
     from finetune import peak, trackers
-    from finetune.devices import this_machine
     from finetune.run_folder import locked, open_run, run_of
 
     check_launch()
     trackers.refuse_missing(loaded.config.train.report_to)
-    peak.refuse_offloading(loaded.config, this_machine())
+    peak.refuse_offloading(loaded.config)
     _use_all_cores()
     run = open_run(loaded, allowed) if is_first_rank() else run_of(loaded)
     if run.is_finished:
