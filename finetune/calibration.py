@@ -64,9 +64,9 @@ def measure(
     chosen = batch.first(max(int(_FLOPS_AT_ONCE / per_token), 16))
     with torch.device(device):
         layers = _timed_layers(config, arch, chosen, device) * batch.tokens / chosen.tokens
-        few = min(batch.supervised, int(_FLOPS_AT_ONCE / (4 * arch.dim * arch.vocab_size)))
-        scored = head_pass(config, arch, max(few, 1), device)
-        head = _timed(lambda: scored().sum().backward()) * batch.supervised / max(few, 1)
+        few = max(min(batch.supervised, int(_FLOPS_AT_ONCE / (4 * arch.dim * arch.vocab_size))), 1)
+        scored = head_pass(config, arch, few, device)
+        head = _timed(lambda: scored().sum().backward()) * batch.supervised / few
         update = _timed_update(num_trained)
     recomputed = 4 / 3 if config.train.activation_checkpointing else 1.0
     return Seconds(layers * recomputed, head, update, chosen.tokens)
@@ -78,7 +78,7 @@ def _timed_layers(config: RunConfig, arch: Architecture, batch: MicroBatch, devi
     layout = layout_of(layer, config, batch)
 
     def seconds(place: str) -> float:
-        one = layer_pass(layer, config, arch, layout, place, device)
+        one = layer_pass(layer, config, arch, batch, layout, place, device)
         return _timed(lambda: one().sum().backward())
 
     total = seconds(LAST)

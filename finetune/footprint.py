@@ -22,14 +22,15 @@ from transformers import LlamaForCausalLM
 from finetune.config import RunConfig
 from finetune.config.adapter import SOFT_PROMPTS
 from finetune.fast.attention import as_on_gpu, no_mask, register
-from finetune.fast.beginnings import Tree, draws_dropout, tree_of
 from finetune.fast.blocks import speed_up
 from finetune.fast.head import head_losses, plain_losses
-from finetune.fast.loss import supervised
+from finetune.fast.loss import Layout, lay_out, shares_beginnings
 from finetune.llama.architecture import Architecture, to_llama_config
 from finetune.methods import method_of
 from finetune.precision import uses_bf16_autocast
 from finetune.workload import MicroBatch
+
+FIRST, MIDDLE, LAST = "first", "middle", "last"  # of the layers
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,9 @@ def layer_footprints(
     """
     layer = build_layer(config, arch)
     layout = layout_of(layer, config, batch)
+    places = (MIDDLE, LAST)
     with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu(device == "cuda"):
-        of = (layer_pass(layer, config, arch, layout, place, device) for place in (MIDDLE, LAST))
+        of = (layer_pass(layer, config, arch, batch, layout, place, device) for place in places)
         return LayerFootprints(*map(_counted, of))
 
 
@@ -82,43 +84,20 @@ def head_footprint(
         return _counted(head_pass(config, arch, supervised, device))
 
 
-FIRST, MIDDLE, LAST = "first", "middle", "last"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A micro-batch as the layers get it.
-
-    Attributes:
-        lengths: tokens of each document.
-        num_nodes: tokens that are computed.
-        tree: where beginnings are shared; None elsewhere.
-        read: (tokens,) what of the last layer's output the loss reads.
-    """
-
-    lengths: list[int]
-    num_nodes: int
-    tree: Tree | None
-    read: torch.Tensor
-
-
 def layout_of(layer: torch.nn.Module, config: RunConfig, batch: MicroBatch) -> Layout:
-    """As `loss.supervised_logits` lays a row out; documents that are not known share nothing."""
-    row, fast = batch.row, config.fast
-    if row is None:
-        return Layout(batch.lengths, batch.tokens, None, torch.arange(batch.supervised))
-    together = fast.beginnings and fast.attention and not draws_dropout(layer)
-    tree = tree_of(row.input_ids, row.document_lengths) if together else None
-    read, _ = supervised(row.labels)
-    if tree is None:
-        return Layout(batch.lengths, batch.tokens, None, read)
-    return Layout(batch.lengths, len(tree.rows), tree, tree.node_of[read].unique())
+    """As the loss lays a micro-batch out; documents that are not known share nothing."""
+    if batch.row is None:
+        read = torch.arange(batch.supervised)
+        return Layout(batch.tokens, read, read)
+    fast = config.fast
+    return lay_out(batch.row, fast.beginnings and shares_beginnings(layer, not fast.attention))
 
 
 def layer_pass(
     layer: torch.nn.Module,
     config: RunConfig,
     arch: Architecture,
+    batch: MicroBatch,
     layout: Layout,
     place: str,
     device: str,
@@ -126,15 +105,16 @@ def layer_pass(
     """A forward pass of a layer of `build_layer`, on tensors as the mode around it makes them.
 
     Args:
+        layout: of the batch, by `layout_of`.
         place: of the layer. Nobody asks the first for the gradient of a frozen embedding.
         device: that would train; the tensors may lie on another.
     """
     _fill(layer)
-    dtype, num_tokens = getattr(torch, config.base.dtype), layout.num_nodes
+    dtype, num_tokens = getattr(torch, config.base.dtype), layout.num_tokens
     numbers = torch.randn(1, num_tokens, arch.dim, dtype=dtype)
     angles = torch.rand(1, num_tokens, arch.head_dim, dtype=dtype)
     here, is_packed = numbers.device, config.fast.attention
-    shared = {"tree": layout.tree, "document_lengths": layout.lengths} if is_packed else {}
+    shared = {"tree": layout.tree, "document_lengths": batch.lengths} if is_packed else {}
     mask = no_mask(here) if is_packed else _dense_mask(num_tokens, here)
     asked = place != FIRST or _asks_for_inputs(config)
     read = layout.read.to(here) if place == LAST else None

@@ -58,8 +58,13 @@ class MicroBatch:
         supervised = max(self.supervised * tokens // self.tokens, 1)
         row = self.row
         if row is not None:
-            ids, places, labels = row.input_ids, row.position_ids, row.labels
-            row = type(row)(ids[:, :tokens], places[:, :tokens], labels[:, :tokens], lengths)
+            row = replace(
+                row,
+                input_ids=row.input_ids[:, :tokens],
+                position_ids=row.position_ids[:, :tokens],
+                labels=row.labels[:, :tokens],
+                document_lengths=lengths,
+            )
         return MicroBatch(lengths, supervised, row)
 
 
@@ -107,8 +112,7 @@ class Workload:
         return [
             f"steps    base, tokenizer or rows are not here: packs are taken as full, documents as "
             f"{_USUAL_DOCUMENT} tokens, {self.usual.supervised / self.usual.tokens:.0%} of them "
-            f"trained; "
-            f"about {self.tokens_per_step:,.0f} tokens a step"
+            f"trained; about {self.tokens_per_step:,.0f} tokens a step"
         ]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from finetune.fast.attention import document_mask, no_mask
-from finetune.fast.beginnings import draws_dropout, tree_of
+from finetune.fast.beginnings import Tree, draws_dropout, tree_of
 from finetune.fast.head import answering_head, head_losses, plain_losses
 
 IGNORED = -100
@@ -68,6 +68,38 @@ def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return positions, targets[positions]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What of a packed row is computed.
+
+    Attributes:
+        num_tokens: that go through the layers.
+        positions: (supervised,) of these, where each supervised token is predicted from.
+        read: (…,) the same places, each once, rising.
+        tree: where documents share their beginnings; None elsewhere.
+    """
+
+    num_tokens: int
+    positions: torch.Tensor
+    read: torch.Tensor
+    tree: Tree | None = None
+
+
+def lay_out(packed: Packed, beginnings: bool) -> Layout:
+    """The row as it is, or as the tree of its documents where `beginnings` are shared."""
+    positions, _ = supervised(packed.labels)
+    tree = tree_of(packed.input_ids, packed.document_lengths) if beginnings else None
+    if tree is None:
+        return Layout(packed.input_ids.shape[1], positions, positions)
+    positions = tree.node_of[positions]
+    return Layout(len(tree.rows), positions, positions.unique(), tree)
+
+
+def shares_beginnings(model: torch.nn.Module, dense: bool) -> bool:
+    """Whether documents can: not where dropout is drawn, nor under a mask over the row."""
+    return not dense and not draws_dropout(model)
+
+
 def token_losses(
     model: torch.nn.Module,
     packed: Packed,
@@ -90,7 +122,7 @@ def token_losses(
     Returns:
         (supervised,) losses in nats, float32; empty, with a graph, where nothing is supervised.
     """
-    together = beginnings and not dense and not draws_dropout(model)
+    together = beginnings and shares_beginnings(model, dense)
     rows = rows_for(model, packed)
     return torch.cat([_losses(model, row, in_blocks, dense, together) for row in rows])
 
@@ -127,22 +159,18 @@ def supervised_logits(
     """
     if has_soft_prompt(model):
         return _behind_vectors(model, packed)
-    positions, _ = supervised(packed.labels)
-    ids, places, read = packed.input_ids, packed.position_ids, positions
-    lengths, device = packed.document_lengths, ids.device
-    tree = tree_of(ids, lengths) if beginnings else None
+    layout, lengths = lay_out(packed, beginnings), packed.document_lengths
+    ids, places, tree = packed.input_ids, packed.position_ids, layout.tree
     if tree is not None:
         ids, places = ids[:, tree.rows], places[:, tree.rows]
-        positions = tree.node_of[positions]
-        read = positions.unique()
     return model(
         input_ids=ids,
         position_ids=places,
-        attention_mask=document_mask(lengths, device) if dense else no_mask(device),
+        attention_mask=document_mask(lengths, ids.device) if dense else no_mask(ids.device),
         document_lengths=None if dense else lengths,
         tree=tree,
-        logits_to_keep=positions,
-        read=read,  # the last layer needs no more of its tokens
+        logits_to_keep=layout.positions,
+        read=layout.read,  # the last layer needs no more of its tokens
         use_cache=False,
     ).logits[0]
 
