@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from benchmarks.compare_table import show
+from benchmarks.records import last_heldout_loss, steps_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "lora_nano.yaml"
@@ -175,15 +176,13 @@ class Runs:
             return {"failed": output.strip().splitlines()[-1]}
         if code:
             raise SystemExit(f"{config}: exit code {code}\n{output[-2000:]}")
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
-        held = [line for line in reversed(lines) if "heldout_loss" in line]
-        seconds = [line["seconds"] for line in lines if "seconds" in line]
+        seconds = [line["seconds"] for line in steps_of(folder)]
         weights = [
             *folder.glob("adapter/adapter_model.safetensors"),
             *folder.glob("model/*.safetensors"),
         ]
         return {
-            "heldout_loss": next((x["heldout_loss"] for x in held), None),
+            "heldout_loss": last_heldout_loss(folder),
             "seconds_a_step": statistics.median(seconds[5:]),
             "peak_mib": round(peak),
             "trainable": trainable_in(output),

@@ -10,8 +10,6 @@ the seeds; the exit code is 1 where it is passed.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import shutil
 import statistics
 import subprocess
@@ -19,7 +17,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.records import last_heldout_loss, today
 from benchmarks.speed.workload import ROOT
+from finetune import artifact
 
 LIMIT = 0.005
 WAYS = {
@@ -43,25 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     losses: dict[str, list[float]] = {way: [] for way in WAYS}
     for seed in args.seeds:
         for number, (way, settings) in enumerate(WAYS.items()):
-            name = f"{number}-{seed}"
-            losses[way].append(
-                _heldout_loss(
-                    args.config,
-                    folder,
-                    name,
-                    (f"run.seed={seed}", *settings, *args.overrides),
-                )
-            )
+            overrides = (f"run.seed={seed}", *settings, *args.overrides)
+            losses[way].append(_heldout_loss(args.config, folder, f"{number}-{seed}", overrides))
             print(f"{way}, seed {seed}: {losses[way][-1]:.5f}", flush=True)
     means = {way: statistics.mean(found) for way, found in losses.items()}
     apart = {way: mean / means["float32"] - 1 for way, mean in means.items()}
     for way in WAYS:
         print(f"{way}: {means[way]:.5f}, {100 * apart[way]:+.2f} %")
     if args.json:
-        date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-        result = {"date": date, "config": args.config, "overrides": args.overrides}
+        result = {"date": today(), "config": args.config, "overrides": args.overrides}
         result |= {"seeds": args.seeds, "losses": losses, "apart": apart}
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        artifact.write_json(args.json.resolve(), result)
     return int(any(abs(share) > LIMIT for share in apart.values()))
 
 
@@ -69,8 +61,9 @@ def _heldout_loss(config: str, folder: Path, name: str, settings: Sequence[str])
     command = [sys.executable, "-m", "finetune", "train", config]
     command += [f"run.dir={folder}", f"run.name={name}", *settings]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    lines = (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return float([n["heldout_loss"] for n in map(json.loads, lines) if "heldout_loss" in n][-1])
+    loss = last_heldout_loss(folder / name)
+    assert loss is not None, "a config without held-out rows"
+    return loss
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ The exit code is 1 if a peak is over the limit or a weight came back with other 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -27,6 +26,7 @@ from typing import Any
 
 from benchmarks.peaks import Measured, run_measured
 from benchmarks.random_checkpoint import shape_of
+from benchmarks.records import today
 from finetune import artifact
 from finetune.llama.architecture import PRESETS
 
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder, shape = args.folder.resolve(), Shape(args.preset, args.small)
     arch = shape_of(shape.preset, shape.small)
     result = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": today(),
         "machine": _machine(),
         "preset": shape.preset + (" (small)" if shape.small else ""),
         "num_parameters": arch.num_parameters().total,

@@ -12,7 +12,6 @@ proof apart, is over the limit.
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from typing import Any
 from benchmarks.import_8b import ROOT, _forget_pages, _machine, _python, _seconds_to_copy
 from benchmarks.peaks import Measured, run_measured
 from benchmarks.random_checkpoint import shape_of
+from benchmarks.records import today
 from finetune import artifact
 from finetune.llama.architecture import PRESETS
 
@@ -65,7 +65,8 @@ def measure(folder: Path, preset: str, small: bool, num_shards: int) -> dict[str
     shutil.rmtree(run / "merged")
     copies.append(_seconds_to_copy(base, folder / "copied"))
     result["plain_copies"] = [round(seconds, 2) for seconds in copies]
-    result["plain_copy_seconds"] = round(sum(copies) / len(copies), 2)
+    # of a tiny base a few milliseconds, which two digits would round to nothing to divide by
+    result["plain_copy_seconds"] = round(sum(copies) / len(copies), 4)
     result["peft"] = _peft(base, run / "adapter", folder / "by-peft", result["bytes"])
     return result
 
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arch = shape_of(args.preset, args.small)
     run = measure(args.folder.resolve(), args.preset, args.small, args.shards)
     result = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": today(),
         "machine": _machine(),
         "load_average": round(os.getloadavg()[2], 1),
         "preset": args.preset + (" (small)" if args.small else ""),

@@ -11,7 +11,6 @@ The limits are 10 % and 20 %; the exit code is 1 where one is passed.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import re
@@ -26,7 +25,9 @@ from typing import Any
 import yaml
 
 from benchmarks.peaks import run_measured
+from benchmarks.records import steps_of, today
 from benchmarks.speed.workload import ROOT, SIZES, config_of, make
+from finetune import artifact
 from finetune.config import FastSection
 from finetune.llama.safetensors_pieces import stored_tensors
 
@@ -71,10 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.only:
         cases[name] = _checked(folder, args.size, name)
         print(f"{name}: {cases[name]}", flush=True)
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    date = today()
     if args.json:
         result = {"date": date, "size": args.size, "cases": cases}
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        artifact.write_json(args.json.resolve(), result)
     return int(not all(is_good(case) for case in cases.values()))
 
 
@@ -104,8 +105,7 @@ def _checked(folder: Path, size: str, name: str) -> dict[str, Any]:
 
     plan = planned()
     measured = run_measured([*command, "train", str(file), *overrides], ROOT, lambda: "train")
-    lines = (folder / "runs" / run_name / "metrics.jsonl").read_text(encoding="utf-8")
-    steps = [line["seconds"] for line in map(json.loads, lines.splitlines()) if "grad_norm" in line]
+    steps = [line["seconds"] for line in steps_of(folder / "runs" / run_name)]
     seconds = [plan["seconds_per_step"], planned()["seconds_per_step"]]
     return {
         "planned_mib": round(plan["bytes"] / 2**20),

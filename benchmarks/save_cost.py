@@ -11,7 +11,6 @@ long a step must be for a save at the default interval to be less than 5 % of th
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import shutil
 import statistics
@@ -21,6 +20,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.records import steps_of, today
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "lora_nano.yaml"
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.folder.mkdir(parents=True)
     interval = 4 if args.small else INTERVAL
     result = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": today(),
         "interval": interval,
         "demo": _in_a_run(args.folder, interval),
         "8b": _alone(args.folder / "large", SHAPE_SMALL if args.small else SHAPE_8B, interval),
@@ -59,8 +60,7 @@ def _in_a_run(folder: Path, interval: int) -> dict[str, Any]:
     command = [sys.executable, "-c", _TIMED_RUN, str(folder / "saves.json"), str(CONFIG)]
     subprocess.run([*command, *overrides], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
     saves = json.loads((folder / "saves.json").read_text(encoding="utf-8"))
-    lines = (folder / "lora_nano" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [line["seconds"] for line in map(json.loads, lines) if "seconds" in line]
+    steps = [line["seconds"] for line in steps_of(folder / "lora_nano")]
     newest = max((folder / "lora_nano" / "checkpoints").glob("step-*"))
     step, save = statistics.median(steps), statistics.median(saves)
     return {

@@ -10,7 +10,6 @@ undisturbed one ends. The exit code is 1 if anything did not hold.
 from __future__ import annotations
 
 import argparse
-import datetime
 import errno
 import functools
 import shutil
@@ -24,6 +23,7 @@ from benchmarks.faults import disks, signals, sweeps
 from benchmarks.faults.corruption import corrupted
 from benchmarks.faults.runs import Runs, import_all
 from benchmarks.faults.soak import Soak
+from benchmarks.records import today
 from finetune import artifact
 
 LONG = {"max_steps": 60, "save_steps": 7, "eval_steps": None}
@@ -89,7 +89,7 @@ def run_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         lambda: corrupted(folder / "sound", folder / "damaged"),
         lambda: Soak(quiet, undisturbed(), args.seed).run(args.pairs),
     ]
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    date = today()
     for name, part in zip(SWEEPS, parts, strict=True):
         if name in args.only:
             began, found = time.monotonic(), part().as_json()

@@ -11,7 +11,6 @@ numbers are compared only within its run.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -21,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.records import today
 from benchmarks.speed import table
 from benchmarks.speed.workload import ROOT, SIZES, make
+from finetune import artifact
 from finetune.config import FastSection
 
 WARM = 3  # steps left out
@@ -35,7 +36,6 @@ ALLOCATORS = {
         "glibc.malloc.trim_threshold=17179869184"
     },
 }
-PEERS = ("torchtune", "litgpt", "llamafactory", "axolotl")  # each in an environment of its own
 _OURS = ("fast.allocator=false",)  # every contender gets the same
 _OFF = tuple(f"fast.{part}=false" for part in FastSection.model_fields if part != "allocator")
 
@@ -47,11 +47,13 @@ class Contender:
     Attributes:
         module: of `benchmarks.speed`.
         arguments: beyond those that all have.
+        peer: whose environment it needs; None is ours.
         dtypes: that it trains in, on a CPU.
     """
 
     module: str
     arguments: tuple[str, ...] = ()
+    peer: str | None = None
     dtypes: tuple[str, ...] = DTYPES
 
 
@@ -61,12 +63,12 @@ CONTENDERS = {
     "ours in nf4": Contender("ours", ("base.quantization=nf4", *_OURS)),
     "trl packed": Contender("trl_trainer"),
     "trl padded": Contender("trl_trainer", ("--padded",)),
-    "torchtune packed": Contender("torchtune_trainer"),
-    "litgpt padded": Contender("litgpt_trainer"),  # it has no packing
-    "llamafactory packed": Contender("llamafactory_trainer", ("--packed",)),
-    "llamafactory padded": Contender("llamafactory_trainer"),
-    "axolotl packed": Contender("axolotl_trainer", ("--packed",), ("float32",)),
-    "axolotl padded": Contender("axolotl_trainer", (), ("float32",)),
+    "torchtune packed": Contender("torchtune_trainer", (), "torchtune"),
+    "litgpt padded": Contender("litgpt_trainer", (), "litgpt"),  # it has no packing
+    "llamafactory packed": Contender("llamafactory_trainer", ("--packed",), "llamafactory"),
+    "llamafactory padded": Contender("llamafactory_trainer", (), "llamafactory"),
+    "axolotl packed": Contender("axolotl_trainer", ("--packed",), "axolotl", ("float32",)),
+    "axolotl padded": Contender("axolotl_trainer", (), "axolotl", ("float32",)),
     **{f"ours without {off.split('=')[0]}": Contender("ours", (off, *_OURS)) for off in _OFF},
     "ours with nothing fast": Contender("ours", (*_OFF, *_OURS)),
 }
@@ -100,25 +102,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = _interleaved(folder, args, dtype, ALLOCATORS[allocator])
             runs.append({"dtype": dtype, "allocator": allocator, **found})
     result = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": today(),
         "size": args.size,
         "steps": args.steps,
         "warm": WARM,
         "runs": runs,
     }
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        artifact.write_json(args.json.resolve(), result)
     print("\n\n".join(table.lines(run, WARM) for run in runs))
     return 0
 
 
 def those_at_hand(names: Sequence[str], peers: Path) -> list[str]:
     """Contenders but those whose environment is not there, which is said."""
-    asked = [peer for peer in PEERS if any(name.startswith(peer) for name in names)]
-    absent = tuple(peer for peer in asked if not _environment(peers, peer).exists())
+    found = [name for name in names if _interpreter(name, peers).exists()]
+    absent = {str(CONTENDERS[name].peer) for name in names if name not in found}
     if absent:
-        print(f"not in {peers}, so left out: {', '.join(absent)}", file=sys.stderr)
-    return [name for name in names if not name.startswith(absent)]
+        print(f"not in {peers}, so left out: {', '.join(sorted(absent))}", file=sys.stderr)
+    return found
 
 
 def _interleaved(
@@ -133,7 +135,11 @@ def _interleaved(
         for name in reversed(chosen) if number % 2 else chosen:  # a machine slows and speeds up
             contender = CONTENDERS[name]
             result = folder / f"{name.replace(' ', '-')}.json"
-            command = [_interpreter(name, args), "-m", f"benchmarks.speed.{contender.module}"]
+            command = [
+                str(_interpreter(name, args.peers)),
+                "-m",
+                f"benchmarks.speed.{contender.module}",
+            ]
             command += ["--folder", str(folder), "--dtype", dtype, "--steps", str(args.steps)]
             command += ["--result", str(result)]
             command += ["--size", args.size] if contender.module == "ours" else []
@@ -143,15 +149,10 @@ def _interleaved(
     return {"gflops": gflops, "useful_flops": _useful(folder, args), "notes": notes}
 
 
-def _interpreter(name: str, args: argparse.Namespace) -> str:
-    """Of the contender's environment."""
-    found = [_environment(args.peers, peer) for peer in PEERS if name.startswith(peer)]
-    return str(found[0]) if found else sys.executable
-
-
-def _environment(peers: Path, peer: str) -> Path:
-    """Its interpreter; a link, which must not be followed."""
-    return peers.absolute() / peer / "bin" / "python"
+def _interpreter(name: str, peers: Path) -> Path:
+    """Of the contender's environment; a link, which must not be followed."""
+    peer = CONTENDERS[name].peer
+    return Path(sys.executable) if peer is None else peers.absolute() / peer / "bin" / "python"
 
 
 def _useful(folder: Path, args: argparse.Namespace) -> list[dict[str, float]]:

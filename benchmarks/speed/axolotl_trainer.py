@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from benchmarks.speed.recorder import Recorder, contender_parser
-from benchmarks.speed.trl_trainer import ROWS_IN_A_BATCH, single_rows
+from benchmarks.speed.rows import ROWS_IN_A_BATCH, single_rows
 
 END = 2  # </s>
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.recorder import Recorder, contender_parser
-from benchmarks.speed.trl_trainer import packed_rows, single_rows
+from benchmarks.speed.rows import counts_of, packed_rows, single_rows
 
 
 def main() -> int:
@@ -79,12 +79,7 @@ def main() -> int:
             },
             callbacks=[Losses()],
         )
-    counts = [rows[n * batch : (n + 1) * batch] for n in range(args.steps)]
-    recorder.write(
-        losses=losses,
-        tokens=[sum(len(r["input_ids"]) for r in step) for step in counts],
-        supervised=[sum(label != -100 for r in step for label in r["labels"]) for step in counts],
-    )
+    recorder.write(losses=losses, **counts_of(rows, batch, args.steps))
     return 0
 
 

@@ -5,11 +5,11 @@ python -m benchmarks.speed.ours --folder FOLDER --size 58m --dtype float32 --ste
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import yaml
 
+from benchmarks.records import steps_of
 from benchmarks.speed.recorder import Recorder, contender_parser
 from benchmarks.speed.workload import SIZES, config_of
 
@@ -29,8 +29,7 @@ def main() -> int:
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     recorder = Recorder(args.result)
     code = run_verb(["train", str(file), *args.overrides])
-    lines = (args.folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8")
-    steps = [line for line in map(json.loads, lines.splitlines()) if "grad_norm" in line]
+    steps = steps_of(args.folder / "runs" / name)
     recorder.write(losses=[s["loss"] for s in steps], keys=sorted(steps[0]))
     return code
 

@@ -11,8 +11,7 @@ import tempfile
 from typing import Any
 
 from benchmarks.speed.recorder import Recorder, contender_parser
-
-ROWS_IN_A_BATCH = 8  # of the padded run, about as many as two packs hold
+from benchmarks.speed.rows import counts_of, packed_rows, single_rows
 
 
 def main() -> int:
@@ -60,36 +59,8 @@ def main() -> int:
         )
         trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    counts = [rows[n * batch : (n + 1) * batch] for n in range(args.steps)]
-    recorder.write(
-        losses=losses,
-        tokens=[sum(len(r["input_ids"]) for r in step) for step in counts],
-        supervised=[sum(label != -100 for r in step for label in r["labels"]) for step in counts],
-    )
+    recorder.write(losses=losses, **counts_of(rows, batch, args.steps))
     return 0
-
-
-def packed_rows(steps: list[Any]) -> tuple[list[dict[str, Any]], int]:
-    """Packs as rows, and how many of them are a step."""
-    rows = [
-        {
-            "input_ids": [i for ids, _ in pack for i in ids],
-            "labels": [label for _, labels in pack for label in labels],
-            "seq_lengths": [len(ids) for ids, _ in pack],
-        }
-        for packs in steps
-        for pack in packs
-    ]
-    return rows, len(steps[0])
-
-
-def single_rows(steps: list[Any]) -> tuple[list[dict[str, Any]], int]:
-    """Documents as rows in the packs' order, enough for all steps, and how many are a step."""
-    documents = [document for packs in steps for pack in packs for document in pack]
-    rows = [{"input_ids": ids, "labels": labels} for ids, labels in documents]
-    while len(rows) < ROWS_IN_A_BATCH * len(steps):
-        rows += rows
-    return rows, ROWS_IN_A_BATCH
 
 
 if __name__ == "__main__":

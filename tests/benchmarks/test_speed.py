@@ -85,7 +85,7 @@ def test_peers_that_are_not_there_are_left_out_aloud(tmp_path, capsys):
     there.touch()
     asked = ["ours", "axolotl padded", "litgpt padded", "torchtune packed"]
     assert those_at_hand(asked, tmp_path) == ["ours", "axolotl padded"]
-    assert capsys.readouterr().err.endswith("left out: torchtune, litgpt\n")
+    assert capsys.readouterr().err.endswith("left out: litgpt, torchtune\n")
 
 
 def test_useful_flops_are_four_a_frozen_weight_and_six_a_trained_one():
