@@ -158,7 +158,7 @@ def head_pass(
     def run() -> torch.Tensor:
         with _products(config, device, hidden.device.type):
             if config.fast.loss and not _has_wrapped_head(config, arch):
-                return head_losses(hidden, weight, targets)
+                return head_losses(hidden, weight, targets, config.fast.products)
             return plain_losses(torch.nn.functional.linear(hidden, weight), targets)
 
     return run

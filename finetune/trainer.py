@@ -166,6 +166,7 @@ class OurSeams(EvaluationSeam, MemorySeam):
                 in_blocks=fast.loss,
                 dense=not fast.attention,
                 beginnings=fast.beginnings,
+                products=fast.products,
             )
         loss_sum = losses.sum()
         self._step_loss_sum += loss_sum.detach().double()

@@ -20,6 +20,10 @@ class FastSection(Section):
     gradients stay float32); false: PEFT's own layers. Only plain LoRA has it, methods that need
     more (DoRA, quantised bases, float16 …) are PEFT's own in any case."""
 
+    products: bool = True
+    """Where a CPU has AVX-512 and is not Intel's, the float32 products of `lora` and `loss` by
+    oneDNN, which uses it; false: by MKL, which does not, as torch has them."""
+
     pointwise: bool = True
     """RMSNorm, rotary embedding and SwiGLU as one function each; false: transformers' own."""
 

@@ -131,4 +131,4 @@ def _together(
     # float16 ends at 6e-8: the small gradients inside an adapter need PEFT's float32 products
     if projections is None or type_of_products(x, projections[0].weight) == torch.float16:
         return tuple(layer(x) for layer in layers)
-    return project(x, projections)
+    return project(x, projections, parts.products)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from finetune.fast.lora import type_of_products
+from finetune.fast.products import go_to_onednn, plus_times, times
 
 NUM_LOGITS = 1 << 22  # at once: 16 MiB in float32, about what a cache holds
 LEAST_ROWS = 512  # of the vocabulary at once, however many the tokens are
@@ -49,7 +50,9 @@ def answering_head(
             del head.forward
 
 
-def head_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def head_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, products: bool = True
+) -> torch.Tensor:
     """-log p of each target under softmax(hidden · weight').
 
         loss_t = log Σ_v exp(z_tv) - z_t,x(t)        dh_t = g_t (softmax(z_t) - e_x(t)) W
@@ -64,6 +67,7 @@ def head_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
         hidden: (tokens, width).
         weight: (vocab, width).
         targets: (tokens,) ids.
+        products: by the faster library.
 
     Returns:
         (tokens,) nats, float32, or float64 where the products are.
@@ -72,7 +76,7 @@ def head_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
     # A product whose rows do not begin with a cache line is a third slower on a CPU.
     missing = -tokens % 16
     hidden, targets = F.pad(hidden, (0, 0, 0, missing)), F.pad(targets, (0, missing))
-    losses: torch.Tensor = _HeadLosses.apply(hidden, weight, targets, dtype)
+    losses: torch.Tensor = _HeadLosses.apply(hidden, weight, targets, dtype, products)
     return losses[:tokens]
 
 
@@ -84,19 +88,23 @@ class _HeadLosses(torch.autograd.Function):
         weight: torch.Tensor,
         targets: torch.Tensor,
         dtype: torch.dtype,
+        products: bool,
     ) -> torch.Tensor:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         with torch.autocast(hidden.device.type, enabled=False):
             cast, narrow = weight.to(dtype), hidden.to(dtype)
+            onednn = go_to_onednn(products, narrow)
             own = torch.empty(len(targets), dtype=wide, device=hidden.device)  # its logit
             top, others = torch.full_like(own, torch.finfo(wide).min), torch.zeros_like(own)
             grads = torch.zeros_like(narrow, dtype=wide) if ctx.needs_input_grad[0] else None
-            for part, logits in _other_logits(narrow, cast, targets, own):
+            for part, logits in _other_logits(narrow, cast, targets, own, onednn):
                 top, before = torch.maximum(top, logits.amax(0)), top
                 shrunk, likely = (before - top).exp_(), logits.sub_(top).exp_()
                 others.mul_(shrunk).add_(likely.sum(0))
                 if grads is not None:
-                    _add_product(grads.mul_(shrunk.unsqueeze(1)), likely.t(), cast[part])
+                    grads.mul_(shrunk.unsqueeze(1))
+                    grads = _plus_product(grads, likely.t(), cast[part], onednn)
+                del logits, likely  # before the next ones are made
             top, before = torch.maximum(top, own), top
             shrunk, behind = (before - top).exp_(), own - top
             others.mul_(shrunk)
@@ -106,7 +114,7 @@ class _HeadLosses(torch.autograd.Function):
                 grads.mul_((shrunk / total).unsqueeze(1))
                 grads.addcmul_(cast[targets].to(wide), rest.unsqueeze(1), value=-1)
                 grads = grads.to(dtype)
-        ctx.dtype = dtype
+        ctx.dtype, ctx.onednn = dtype, onednn
         ctx.needs_weight = ctx.needs_input_grad[1]
         kept = (hidden, weight, targets, top + total.log(), rest) if ctx.needs_weight else ()
         ctx.save_for_backward(grads, *kept)
@@ -117,45 +125,52 @@ class _HeadLosses(torch.autograd.Function):
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads, *kept = ctx.saved_tensors
         dhidden = None if grads is None else (grads * dloss.unsqueeze(1)).to(grads.dtype)
-        dweight = _weight_gradient(ctx.dtype, dloss, *kept) if ctx.needs_weight else None
-        return dhidden, dweight, None, None
+        dweight = (
+            _weight_gradient(ctx.dtype, ctx.onednn, dloss, *kept) if ctx.needs_weight else None
+        )
+        return dhidden, dweight, None, None, None
 
 
 def _other_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, own: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    own: torch.Tensor,
+    onednn: bool,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows, tokens) logits of a part of the vocabulary, with -inf for the target's.
 
-    That one goes to `own`, (tokens,), whose type all have. The next part takes the same memory.
+    That one goes to `own`, (tokens,), whose type all have.
     """
-    vocab, tokens, wide = len(weight), len(hidden), own.dtype
+    vocab, tokens = len(weight), len(hidden)
     rows = min(max(NUM_LOGITS // max(tokens, 1), LEAST_ROWS), vocab)
-    memory = torch.empty(rows + 1, tokens, dtype=wide, device=hidden.device)
     for start in range(0, vocab, rows):
         part = slice(start, min(start + rows, vocab))
-        logits = memory[: part.stop - start]
-        if wide == hidden.dtype:
-            torch.mm(weight[part], hidden.t(), out=logits)
+        if onednn:  # which would copy a left side that is not in order, as the next product's is
+            logits = times(hidden, weight[part], onednn).t()
         else:
-            logits.copy_(torch.mm(weight[part], hidden.t()))
+            logits = times(weight[part], hidden).to(own.dtype)
         inside = (targets >= start) & (targets < part.stop)
-        # the last row stands for targets that are in another part
-        place = torch.where(inside, targets - start, rows).unsqueeze(0)
-        torch.where(inside, memory.gather(0, place)[0], own, out=own)
-        memory.scatter_(0, place, -torch.inf)
+        place = (targets - start).clamp_(0, len(logits) - 1).unsqueeze(0)
+        there = logits.gather(0, place)
+        torch.where(inside, there[0], own, out=own)
+        logits.scatter_(0, place, there.masked_fill_(inside, -torch.inf))
         yield part, logits
+        del logits
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left · right, the product in the type of `right`."""
+def _plus_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, onednn: bool
+) -> torch.Tensor:
+    """total + left · right, the product in the type of `right`; may be `total` itself, changed."""
     if total.dtype == right.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(torch.mm(left.to(right.dtype), right))
+        return plus_times(total, left, right.t(), onednn)
+    return total.add_(torch.mm(left.to(right.dtype), right))
 
 
 def _weight_gradient(
     dtype: torch.dtype,
+    onednn: bool,
     dloss: torch.Tensor,
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -167,9 +182,9 @@ def _weight_gradient(
     gradient = torch.empty(weight.shape, dtype=dloss.dtype, device=weight.device)
     with torch.autocast(weight.device.type, enabled=False):
         cast, narrow = weight.to(dtype), hidden.to(dtype)
-        for part, logits in _other_logits(narrow, cast, targets, torch.empty_like(dloss)):
+        for part, logits in _other_logits(narrow, cast, targets, torch.empty_like(dloss), onednn):
             factors = logits.sub_(log_total).exp_().mul_(dloss)
-            gradient[part] = torch.mm(factors.to(dtype), narrow)
+            gradient[part] = times(factors.to(dtype), narrow.t(), onednn)
         own = narrow.to(dloss.dtype) * (rest * dloss).neg().unsqueeze(1)
         gradient.index_put_((targets,), own, accumulate=True)
     return gradient.to(weight.dtype)

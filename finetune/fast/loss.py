@@ -107,6 +107,7 @@ def token_losses(
     in_blocks: bool = True,
     dense: bool = False,
     beginnings: bool = False,
+    products: bool = True,
 ) -> torch.Tensor:
     """The loss of every supervised token of a packed row.
 
@@ -118,24 +119,30 @@ def token_losses(
         dense: attention with a mask over the row, the twin of `document_attention`.
         beginnings: what documents have in common at their beginning is computed once; not where
             dropout is drawn, or attention is dense.
+        products: those of the head by the faster library.
 
     Returns:
         (supervised,) losses in nats, float32; empty, with a graph, where nothing is supervised.
     """
     together = beginnings and shares_beginnings(model, dense)
     rows = rows_for(model, packed)
-    return torch.cat([_losses(model, row, in_blocks, dense, together) for row in rows])
+    return torch.cat([_losses(model, r, in_blocks, dense, together, products) for r in rows])
 
 
 def _losses(
-    model: torch.nn.Module, packed: Packed, in_blocks: bool, dense: bool, beginnings: bool
+    model: torch.nn.Module,
+    packed: Packed,
+    in_blocks: bool,
+    dense: bool,
+    beginnings: bool,
+    products: bool,
 ) -> torch.Tensor:
     _, targets = supervised(packed.labels)
 
     def answer(head: Any, logits_of: Any, hidden: torch.Tensor) -> torch.Tensor:
         kind: type = type(head)
         if in_blocks and kind is torch.nn.Linear and head.bias is None:
-            return head_losses(hidden[0], head.weight, targets).unsqueeze(0)
+            return head_losses(hidden[0], head.weight, targets, products).unsqueeze(0)
         return plain_losses(logits_of(hidden)[0], targets).unsqueeze(0)
 
     with answering_head(model, answer):

@@ -14,6 +14,8 @@ from finetune.fast.beginnings import draws_dropout, tree_of
 from finetune.fast.blocks import speed_up
 from finetune.fast.loss import pack, token_losses
 
+pytestmark = pytest.mark.usefixtures("library")
+
 TRAINED = [True] * 64
 DOCUMENTS = [  # a question with two answers, one of them twice; another one; a part of the first
     ([1, 20, 21, 22, 30, 31, 2], TRAINED),

@@ -15,6 +15,8 @@ from finetune.fast.attention import as_on_gpu
 from finetune.fast.blocks import speed_up
 from finetune.fast.loss import pack, token_losses
 
+pytestmark = pytest.mark.usefixtures("library")
+
 PARTS = [name for name in FastSection.model_fields if name != "allocator"]  # of the model
 OFF = FastSection(**dict.fromkeys(PARTS, False))
 DOCUMENTS = [

@@ -12,6 +12,8 @@ from tolerances import FAST_BFLOAT16, FAST_FLOAT32, FAST_FLOAT64
 from finetune.fast import head
 from finetune.fast.head import answering_head, head_losses
 
+pytestmark = pytest.mark.usefixtures("library")
+
 TYPES = [
     (torch.float64, FAST_FLOAT64),
     (torch.float32, FAST_FLOAT32),

@@ -12,6 +12,8 @@ from torch import nn
 
 from finetune.fast.lora import project, projections_of
 
+pytestmark = pytest.mark.usefixtures("library")
+
 NAMES = ("q", "k", "v")
 
 

@@ -13,6 +13,8 @@ from torch import nn
 
 from finetune.fast.loss import IGNORED, Packed, pack, supervised, token_losses
 
+pytestmark = pytest.mark.usefixtures("library")
+
 DOCUMENTS = [
     ([1, 40, 41, 42, 2, 43], [False, False, True, True, True, False]),
     ([1, 50, 51], [True, True, True]),  # its first token is never trained, whatever its mask says

@@ -1,0 +1,67 @@
+"""Matrix products of the library that uses the whole CPU.
+
+torch takes float32 products to MKL, which stops at AVX2 on a CPU that is not Intel's. oneDNN, which
+torch has for bfloat16, does not: with the AVX-512 of Zen 5 it is twice as fast. It adds in another
+order; float32 stays float32. torch has no switch for it, but a function that its compiler uses.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether this machine has AVX-512 that MKL leaves alone; looked up, not timed: the same
+    machine adds in the same order every time."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    cpu = torch.cpu.get_capabilities()
+    return bool(cpu.get("avx512_f")) and str(cpu.get("cpu_name")).startswith("AMD")
+
+
+def go_to_onednn(wanted: bool, tensor: torch.Tensor) -> bool:
+    """Whether products of such a tensor do: what torch takes to MKL, if it is not empty."""
+    to_mkl = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    return wanted and to_mkl and tensor.numel() > 0 and onednn_is_faster()
+
+
+def times(x: torch.Tensor, weight: torch.Tensor, onednn: bool = False) -> torch.Tensor:
+    """x · weight'.
+
+    Args:
+        x: (rows, in), in any order in memory, like the others.
+        weight: (out, in).
+        onednn: by `go_to_onednn`.
+    """
+    if onednn:
+        linear = torch.ops.mkldnn._linear_pointwise.default
+        return linear(x, weight, None, "none", [], "")
+    return torch.mm(x, weight.t())
+
+
+def plus_times(
+    total: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    onednn: bool = False,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """total + scale · x · weight'; may be `total` itself, changed.
+
+    Args:
+        total: (rows, out), that nobody needs afterwards.
+    """
+    if onednn:
+        linear = torch.ops.mkldnn._linear_pointwise.binary
+        x = x if scale == 1 else x * scale
+        return linear(x, total, weight, None, "add")
+    return total.addmm_(x, weight.t(), alpha=scale)
+
+
+@torch.library.register_fake("mkldnn::_linear_pointwise.binary")
+def _result_of_linear(x: torch.Tensor, total: torch.Tensor, *_: object) -> torch.Tensor:
+    """What a plan counts of `plus_times`; of `times`, torch says it itself."""
+    return torch.empty_like(total)
