@@ -16,10 +16,10 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 # bitsandbytes compiles functions at its import, for 2 seconds of every command, and once more at
 # their first call, if there is a C++ compiler. Not compiled they give the same bits.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-# In bfloat16 on a CPU, oneDNN and torch's layer over it keep 0.6 MB for every shape of a product,
-# 1,024 of them each; steps of packed rows differ in shape, and need about 50.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
+# On a CPU, oneDNN and torch's layer over it keep 0.6 to 2 MB for every shape of a product, 1,024 of
+# them each; steps of packed rows differ in shape, and a layer needs about 25.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "48")
 
 # What these say is either checked by ourselves (`finetune.model` refuses a missing or unexpected
 # weight) or about the libraries' own next versions.

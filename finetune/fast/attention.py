@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from finetune.fast.beginnings import Tree
+from finetune.fast.cpu_attention import LONGEST, attend, paths_of
 
 DOCUMENT_ATTENTION = "plumbtune_documents"
 _as_on_gpu: ContextVar[bool] = ContextVar("as_on_gpu", default=False)
@@ -58,6 +59,12 @@ def document_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     assert query.shape[0] == 1, "packed documents lie in one row"
+    if tree is None:
+        assert sum(document_lengths) == key.shape[2], "document_lengths do not fill the row"
+    if _goes_as_products(query, document_lengths, dropout):
+        paths = paths_of(document_lengths, tree)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend(query[0], key[0], value[0], paths, scale).unsqueeze(0), None
     grouped, dtype = key.shape[1] != query.shape[1], query.dtype
     if query.device.type == "cpu" and dtype != torch.float64 and not _as_on_gpu.get():
         # torch's CPU kernel is several times slower in bfloat16 than in float32 on short
@@ -90,6 +97,12 @@ def document_attention(
     return torch.cat(rows, dim=1).to(dtype), None
 
 
+def _goes_as_products(query: torch.Tensor, lengths: Sequence[int], dropout: float) -> bool:
+    """Whether `cpu_attention` is the faster one; evaluation stays with torch's own."""
+    on_cpu = query.device.type == "cpu" and not _as_on_gpu.get()
+    return on_cpu and dropout == 0 and torch.is_grad_enabled() and max(lengths) <= LONGEST
+
+
 # Query, key and value of a document, and which of its keys a query sees; None where all before it.
 _Document = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -97,7 +110,6 @@ _Document = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 def _whole_documents(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int]
 ) -> list[_Document]:
-    assert sum(lengths) == query.shape[2] == key.shape[2], "document_lengths do not fill the row"
     split = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     return [(q, k, v, None) for q, k, v in zip(*split, strict=True)]
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from finetune.fast.lora import type_of_products
 from finetune.fast.products import go_to_onednn, plus_times, times
 
-NUM_LOGITS = 1 << 22  # at once: 16 MiB in float32, about what a cache holds
+NUM_LOGITS = 1 << 20  # at once: 4 MiB in float32, which a cache holds
 LEAST_ROWS = 512  # of the vocabulary at once, however many the tokens are
 
 
@@ -140,16 +140,20 @@ def _other_logits(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows, tokens) logits of a part of the vocabulary, with -inf for the target's.
 
-    That one goes to `own`, (tokens,), whose type all have.
+    That one goes to `own`, (tokens,), whose type all have. The next part takes the same memory,
+    where the library lets it.
     """
     vocab, tokens = len(weight), len(hidden)
     rows = min(max(NUM_LOGITS // max(tokens, 1), LEAST_ROWS), vocab)
+    memory = torch.empty(0 if onednn else rows, tokens, dtype=own.dtype, device=hidden.device)
     for start in range(0, vocab, rows):
         part = slice(start, min(start + rows, vocab))
         if onednn:  # which would copy a left side that is not in order, as the next product's is
             logits = times(hidden, weight[part], onednn).t()
+        elif own.dtype == hidden.dtype:
+            logits = torch.mm(weight[part], hidden.t(), out=memory[: part.stop - start])
         else:
-            logits = times(weight[part], hidden).to(own.dtype)
+            logits = memory[: part.stop - start].copy_(torch.mm(weight[part], hidden.t()))
         inside = (targets >= start) & (targets < part.stop)
         place = (targets - start).clamp_(0, len(logits) - 1).unsqueeze(0)
         there = logits.gather(0, place)

@@ -13,11 +13,23 @@ from transformers import AttentionInterface, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from finetune.fast import attention as attention_module
 from finetune.fast.attention import document_attention, no_mask, register
 from finetune.fast.loss import Packed, pack
 
 PRESETS = ("llama3-8b", "llama2-7b", "llama3.1-8b", "llama3.2-1b", "llama2-70b")
 LENGTHS = ([7, 1, 33, 20, 3], [1, 1, 1], [64], [2, 50])
+
+
+@pytest.fixture(autouse=True, params=["products", "kernel"])
+def way(request, monkeypatch) -> str:
+    """Each test by both ways that there are on a CPU, with and without gradients."""
+    monkeypatch.setattr(
+        attention_module,
+        "_goes_as_products",
+        lambda query, lengths, dropout: request.param == "products",
+    )
+    return request.param
 
 
 def ids_of(lengths: list[int], seed: int = 0) -> list[list[int]]:

@@ -1,0 +1,203 @@
+"""Causal attention of short documents on a CPU, as the batched matrix products it consists of.
+
+torch's kernel for CPUs goes through keys and queries in small tiles, for every document anew. Of
+documents that are short the scores of a block of queries fit a cache as they are:
+
+    P = softmax(s Q K' + mask)      O = P V
+    dV = P' dO      dS = P ∘ (dO V' - rowsum(P ∘ dO V'))      dQ = s dS K      dK = s dS' Q
+
+One function for a row of documents: only queries, keys and values are kept, P is made again.
+
+Source: FlashAttention (arXiv 2205.14135), appendix B.4, without its tiles.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from finetune.fast.beginnings import Tree
+
+LONGEST = 1024  # tokens; torch's kernel is as fast there, and faster from 2,048
+_QUERIES = 96  # at once
+
+
+@dataclass(frozen=True)
+class Path:
+    """What a document looks at.
+
+    Attributes:
+        ranges: of the row's tokens, from the document's beginning to its end.
+        own: how many of them, the last ones, are its own: these ask.
+    """
+
+    ranges: list[tuple[int, int]]
+    own: int
+
+
+def paths_of(lengths: Sequence[int], tree: Tree | None) -> list[Path]:
+    """Of a row's documents end to end, or of the branches of a tree."""
+    if tree is None:
+        edges = itertools.pairwise(itertools.accumulate(lengths, initial=0))
+        return [Path([edge], edge[1] - edge[0]) for edge in edges]
+    pieces = list(itertools.pairwise(itertools.accumulate(tree.pieces, initial=0)))
+    return [Path(_joined([pieces[n] for n in b.pieces]), b.own) for b in tree.branches]
+
+
+def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    found = [ranges[0]]
+    for start, stop in ranges[1:]:
+        if found[-1][1] == start:
+            found[-1] = (found[-1][0], stop)
+        else:
+            found.append((start, stop))
+    return found
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    paths: Sequence[Path],
+    scaling: float,
+) -> torch.Tensor:
+    """Causal attention of each document.
+
+    Args:
+        query: (heads, tokens, head_dim).
+        key: (kv_heads, tokens, head_dim).
+        value: (kv_heads, tokens, head_dim).
+        paths: one with every token of the row as its own.
+        scaling: factor of the scores.
+
+    Returns:
+        (tokens, heads, head_dim) in the query's type; products are in float32, or float64.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        result: torch.Tensor = _Documents.apply(query, key, value, paths, scaling)
+    return result
+
+
+class _Documents(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        paths: Sequence[Path],
+        scaling: float,
+    ) -> torch.Tensor:
+        heads, tokens, width = query.shape
+        result = query.new_empty(tokens, heads, width)
+        for path in paths:
+            own = _own(path)
+            q = _wide(query[:, own]) * scaling
+            k, v = (_wide(_taken(t, path), heads) for t in (key, value))
+            out = result[own].transpose(0, 1)
+            for (first, last), p in _probabilities(q, k):
+                seen = k.shape[1] - q.shape[1] + last
+                out[:, first:last] = torch.bmm(p, v[:, :seen])
+        ctx.save_for_backward(query, key, value)
+        ctx.paths, ctx.scaling = paths, scaling
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        heads = len(query)
+        # autocast is off here as in `attend`: autograd brings it back as it was
+        dquery = torch.empty_like(grad, dtype=query.dtype).transpose(0, 1)
+        alone = all(path.ranges == [(_own(path).start, _own(path).stop)] for path in ctx.paths)
+        dkey, dvalue = (_gradient_of(t, alone) for t in (key, value))
+        for path in ctx.paths:
+            own = _own(path)
+            q, g = _wide(query[:, own]) * ctx.scaling, _wide(grad[own].transpose(0, 1))
+            k, v = (_wide(_taken(t, path), heads) for t in (key, value))
+            dq = dquery[:, own]
+            dk = dv = None
+            for (first, last), p in _probabilities(q, k):
+                seen = k.shape[1] - q.shape[1] + last
+                asks = slice(first, last)
+                dp = torch.bmm(g[:, asks], v[:, :seen].transpose(1, 2))
+                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+                dq[:, asks] = torch.bmm(ds, k[:, :seen]).mul_(ctx.scaling)
+                dk = _sum(torch.bmm(ds.transpose(1, 2), q[:, asks]), dk)
+                dv = _sum(torch.bmm(p.transpose(1, 2), g[:, asks]), dv)
+            for total, part in ((dkey, dk), (dvalue, dv)):
+                _give(total, part, path, alone)
+        return dquery, dkey.to(key.dtype), dvalue.to(value.dtype), None, None
+
+
+def _own(path: Path) -> slice:
+    stop = path.ranges[-1][1]
+    return slice(stop - path.own, stop)
+
+
+def _wide(tensor: torch.Tensor, heads: int | None = None) -> torch.Tensor:
+    """(heads, tokens, head_dim) in the type of the products; each key head for its queries'."""
+    if tensor.dtype not in (torch.float32, torch.float64):
+        tensor = tensor.to(torch.float32, memory_format=torch.contiguous_format)
+    if heads is None or len(tensor) == heads:
+        return tensor
+    return tensor.repeat_interleave(heads // len(tensor), 0)
+
+
+def _taken(tensor: torch.Tensor, path: Path) -> torch.Tensor:
+    parts = [tensor[:, start:stop] for start, stop in path.ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _probabilities(
+    q: torch.Tensor, k: torch.Tensor
+) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
+    """(heads, queries, keys up to the last of them) of each block of queries, from the last.
+
+    Args:
+        q: (heads, own, head_dim), scaled.
+        k: (heads, tokens, head_dim): those before, and its own.
+    """
+    own, before = q.shape[1], k.shape[1] - q.shape[1]
+    num_blocks = -(-own // _QUERIES)
+    edges = [own * n // num_blocks for n in range(num_blocks + 1)]
+    largest = -(-own // num_blocks)
+    later = torch.full((largest, largest), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    for first, last in reversed(list(itertools.pairwise(edges))):
+        scores = torch.bmm(q[:, first:last], k[:, : before + last].transpose(1, 2))
+        scores[:, :, before + first :] += later[: last - first, : last - first]
+        yield (first, last), torch.softmax(scores, -1)
+
+
+def _sum(part: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
+    """Of keys' gradients, block by block: earlier queries see fewer keys."""
+    if total is None:
+        return part
+    total[:, : part.shape[1]] += part
+    return total
+
+
+def _gradient_of(tensor: torch.Tensor, alone: bool) -> torch.Tensor:
+    """Room for it: sums where documents look at each other."""
+    heads, tokens, width = tensor.shape
+    if alone:
+        return tensor.new_empty(tokens, heads, width).transpose(0, 1)
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.new_zeros(tokens, heads, width, dtype=dtype).transpose(0, 1)
+
+
+def _give(total: torch.Tensor, part: torch.Tensor | None, path: Path, alone: bool) -> None:
+    """A document's gradient of keys or values to the tokens it looks at."""
+    assert part is not None  # a path has tokens of its own
+    if len(part) != len(total):
+        part = part.unflatten(0, (len(total), -1)).sum(1)
+    begin = 0
+    for start, stop in path.ranges:
+        there, here = total[:, start:stop], part[:, begin : begin + stop - start]
+        there.copy_(here) if alone else there.add_(here)
+        begin += stop - start
