@@ -93,18 +93,18 @@ class _Documents(torch.autograd.Function):
         paths: Sequence[Path],
         scaling: float,
     ) -> torch.Tensor:
-        heads, tokens, width = query.shape
-        result = query.new_empty(tokens, heads, width)
-        for path in paths:
-            own = _own(path)
-            q = _wide(query[:, own]) * scaling
-            k, v = (_wide(_taken(t, path), heads) for t in (key, value))
-            out = result[own].transpose(0, 1)
-            for (first, last), p in _probabilities(q, k):
-                seen = k.shape[1] - q.shape[1] + last
-                out[:, first:last] = torch.bmm(p, v[:, :seen])
         ctx.save_for_backward(query, key, value)
         ctx.paths, ctx.scaling = paths, scaling
+        heads, tokens, width = query.shape
+        result = query.new_empty(tokens, heads, width)
+        query, key, value = _wide(query) * scaling, _wide(key), _wide(value)
+        later = _later(query)
+        for path in paths:
+            own = _own(path)
+            q, out = query[:, own], result[own].transpose(0, 1)
+            k, v = (_taken(t, path, heads) for t in (key, value))
+            for asks, seen, p in _probabilities(q, k, later):
+                out[:, asks] = torch.bmm(p, v[:, :seen])
         return result
 
     @staticmethod
@@ -112,19 +112,18 @@ class _Documents(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         heads = len(query)
-        # autocast is off here as in `attend`: autograd brings it back as it was
         dquery = torch.empty_like(grad, dtype=query.dtype).transpose(0, 1)
         alone = all(path.ranges == [(_own(path).start, _own(path).stop)] for path in ctx.paths)
         dkey, dvalue = (_gradient_of(t, alone) for t in (key, value))
+        types = key.dtype, value.dtype
+        query, key, value = _wide(query) * ctx.scaling, _wide(key), _wide(value)
+        grad, later = _wide(grad.transpose(0, 1)), _later(query)
         for path in ctx.paths:
             own = _own(path)
-            q, g = _wide(query[:, own]) * ctx.scaling, _wide(grad[own].transpose(0, 1))
-            k, v = (_wide(_taken(t, path), heads) for t in (key, value))
-            dq = dquery[:, own]
+            q, g, dq = query[:, own], grad[:, own], dquery[:, own]
+            k, v = (_taken(t, path, heads) for t in (key, value))
             dk = dv = None
-            for (first, last), p in _probabilities(q, k):
-                seen = k.shape[1] - q.shape[1] + last
-                asks = slice(first, last)
+            for asks, seen, p in _probabilities(q, k, later):
                 dp = torch.bmm(g[:, asks], v[:, :seen].transpose(1, 2))
                 ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
                 dq[:, asks] = torch.bmm(ds, k[:, :seen]).mul_(ctx.scaling)
@@ -132,7 +131,7 @@ class _Documents(torch.autograd.Function):
                 dv = _sum(torch.bmm(p.transpose(1, 2), g[:, asks]), dv)
             for total, part in ((dkey, dk), (dvalue, dv)):
                 _give(total, part, path, alone)
-        return dquery, dkey.to(key.dtype), dvalue.to(value.dtype), None, None
+        return dquery, dkey.to(types[0]), dvalue.to(types[1]), None, None
 
 
 def _own(path: Path) -> slice:
@@ -140,38 +139,44 @@ def _own(path: Path) -> slice:
     return slice(stop - path.own, stop)
 
 
-def _wide(tensor: torch.Tensor, heads: int | None = None) -> torch.Tensor:
-    """(heads, tokens, head_dim) in the type of the products; each key head for its queries'."""
-    if tensor.dtype not in (torch.float32, torch.float64):
-        tensor = tensor.to(torch.float32, memory_format=torch.contiguous_format)
-    if heads is None or len(tensor) == heads:
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """(heads, tokens, head_dim) in the type of the products."""
+    if tensor.dtype in (torch.float32, torch.float64):
         return tensor
-    return tensor.repeat_interleave(heads // len(tensor), 0)
+    return tensor.to(torch.float32, memory_format=torch.contiguous_format)
 
 
-def _taken(tensor: torch.Tensor, path: Path) -> torch.Tensor:
+def _taken(tensor: torch.Tensor, path: Path, heads: int) -> torch.Tensor:
+    """(heads, tokens, head_dim) of keys or values of a path, each head for its queries'."""
     parts = [tensor[:, start:stop] for start, stop in path.ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    taken = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return taken if len(taken) == heads else taken.repeat_interleave(heads // len(taken), 0)
+
+
+def _later(q: torch.Tensor) -> torch.Tensor:
+    """What is added to the scores of a block of queries and its own keys: none sees a later one."""
+    size = min(_QUERIES, q.shape[1])
+    return torch.full((size, size), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
 
 
 def _probabilities(
-    q: torch.Tensor, k: torch.Tensor
-) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
-    """(heads, queries, keys up to the last of them) of each block of queries, from the last.
+    q: torch.Tensor, k: torch.Tensor, later: torch.Tensor
+) -> Iterator[tuple[slice, int, torch.Tensor]]:
+    """Blocks of queries from the last one: which, how many keys they see, and (heads, queries,
+    keys) probabilities.
 
     Args:
         q: (heads, own, head_dim), scaled.
         k: (heads, tokens, head_dim): those before, and its own.
+        later: by `_later`.
     """
     own, before = q.shape[1], k.shape[1] - q.shape[1]
     num_blocks = -(-own // _QUERIES)
     edges = [own * n // num_blocks for n in range(num_blocks + 1)]
-    largest = -(-own // num_blocks)
-    later = torch.full((largest, largest), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
     for first, last in reversed(list(itertools.pairwise(edges))):
         scores = torch.bmm(q[:, first:last], k[:, : before + last].transpose(1, 2))
         scores[:, :, before + first :] += later[: last - first, : last - first]
-        yield (first, last), torch.softmax(scores, -1)
+        yield slice(first, last), before + last, torch.softmax(scores, -1)
 
 
 def _sum(part: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
