@@ -143,7 +143,8 @@ class _Projections(torch.autograd.Function):
         flat, *saved = ctx.saved_tensors
         inputs, hidden, weights = saved[:n], saved[n : 2 * n], saved[2 * n :]
         triples = [weights[i : i + 3] for i in range(0, 3 * n, 3)]
-        dys = [_rows(grad, dtype) for grad in grads]
+        # the gradient of a sum is one number with a stride of 0, which makes oneDNN slow
+        dys = [_rows(grad, dtype).contiguous() for grad in grads]
         ups = [up.to(dtype) * s for (_, _, up), s in zip(triples, ctx.scalings, strict=True)]
         with torch.autocast(flat.device.type, enabled=False):
             dups = [

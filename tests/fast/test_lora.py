@@ -10,7 +10,9 @@ from peft import LoraConfig, get_peft_model
 from tolerances import FAST_BFLOAT16, FAST_FLOAT32, FAST_FLOAT64
 from torch import nn
 
+from finetune.fast import lora
 from finetune.fast.lora import project, projections_of
+from finetune.fast.products import times
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -111,6 +113,15 @@ def test_autocast_decides_the_type_of_the_products():
         )
     assert [t.dtype for t in cast] == [torch.bfloat16] * 3 + [torch.float32] * 7
     assert 1e-4 < largest_difference(cast, wide) < FAST_BFLOAT16
+
+
+def test_the_gradient_of_a_sum_is_spread_out_for_the_products(monkeypatch):
+    model, asked = adapted(torch.float32), []
+    x = torch.randn(40, 16, requires_grad=True)
+    ys = project(x, projections_of(layers_of(model)))
+    monkeypatch.setattr(lora, "times", lambda *a: asked.extend(a[:2]) or times(*a))
+    sum(y.sum() for y in ys).backward()
+    assert asked and all(0 not in tensor.stride() for tensor in asked)
 
 
 def test_an_input_that_needs_no_gradient_gets_none():
