@@ -19,8 +19,9 @@ from finetune.workload import Workload
 LIBRARIES_BYTES = int(0.55 * GIB)
 # What glibc's heap holds beyond the tensors that are alive: blocks of a step, freed and cut up. It
 # is nothing one can derive; these shares of a layer's own peak and of all that is alive fit what
-# was measured (docs/scaling.md), and so does what kernels of bfloat16 products take with them.
-_HEAP_OF_LAYER, _HEAP_OF_ALIVE, _HEAP_OF_BFLOAT16 = 1.2, 0.17, int(0.14 * GIB)
+# was measured (docs/scaling.md), and so does what oneDNN's kernels take with them, by their type.
+_HEAP_OF_LAYER, _HEAP_OF_ALIVE = 1.2, 0.17
+_HEAP_OF_BFLOAT16, _HEAP_OF_FLOAT32 = int(0.06 * GIB), int(0.205 * GIB)
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,13 @@ def _alive(config: RunConfig, budget: Budget, work: Workload, cluster: Cluster) 
 
 
 def _heap(config: RunConfig, alive: _Alive) -> int:
+    from finetune.fast.products import onednn_is_faster
     from finetune.precision import uses_bf16_autocast
 
-    in_bfloat16 = config.base.dtype == "bfloat16" or uses_bf16_autocast(config, "cpu")
-    return (
-        int(_HEAP_OF_LAYER * alive.layer + _HEAP_OF_ALIVE * (alive.activations + alive.logits))
-        + in_bfloat16 * _HEAP_OF_BFLOAT16
-    )
+    kernels = 0
+    if config.base.dtype == "bfloat16" or uses_bf16_autocast(config, "cpu"):
+        kernels = _HEAP_OF_BFLOAT16
+    elif config.fast.products and onednn_is_faster():
+        kernels = _HEAP_OF_FLOAT32
+    shares = _HEAP_OF_LAYER * alive.layer + _HEAP_OF_ALIVE * (alive.activations + alive.logits)
+    return int(shares) + kernels
