@@ -118,19 +118,20 @@ class _Documents(torch.autograd.Function):
         types = key.dtype, value.dtype
         query, key, value = _wide(query) * ctx.scaling, _wide(key), _wide(value)
         grad, later = _wide(grad.transpose(0, 1)), _later(query)
-        for path in ctx.paths:
-            own = _own(path)
-            q, g, dq = query[:, own], grad[:, own], dquery[:, own]
-            k, v = (_taken(t, path, heads) for t in (key, value))
-            dk = dv = None
-            for asks, seen, p in _probabilities(q, k, later):
-                dp = torch.bmm(g[:, asks], v[:, :seen].transpose(1, 2))
-                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-                dq[:, asks] = torch.bmm(ds, k[:, :seen]).mul_(ctx.scaling)
-                dk = _sum(torch.bmm(ds.transpose(1, 2), q[:, asks]), dk)
-                dv = _sum(torch.bmm(p.transpose(1, 2), g[:, asks]), dv)
-            for total, part in ((dkey, dk), (dvalue, dv)):
-                _give(total, part, path, alone)
+        with torch.autocast(grad.device.type, enabled=False):
+            for path in ctx.paths:
+                own = _own(path)
+                q, g, dq = query[:, own], grad[:, own], dquery[:, own]
+                k, v = (_taken(t, path, heads) for t in (key, value))
+                dk = dv = None
+                for asks, seen, p in _probabilities(q, k, later):
+                    dp = torch.bmm(g[:, asks], v[:, :seen].transpose(1, 2))
+                    ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+                    dq[:, asks] = torch.bmm(ds, k[:, :seen]).mul_(ctx.scaling)
+                    dk = _sum(torch.bmm(ds.transpose(1, 2), q[:, asks]), dk)
+                    dv = _sum(torch.bmm(p.transpose(1, 2), g[:, asks]), dv)
+                for total, part in ((dkey, dk), (dvalue, dv)):
+                    _give(total, part, path, alone)
         return dquery, dkey.to(types[0]), dvalue.to(types[1]), None, None
 
 

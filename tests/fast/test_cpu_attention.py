@@ -86,6 +86,14 @@ def test_the_beginning_of_another_document_is_looked_at_in_place():
     assert paths_of([4, 3], None) == [Path([(0, 4)], 4), Path([(4, 7)], 3)]
 
 
+def test_autocast_does_not_reach_the_products():
+    tensors = row(386, 2, 1, torch.float32)
+    expected = values_and_gradients(attend, tensors, ALONE, 0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = values_and_gradients(attend, tensors, ALONE, 0.3)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_large_scores_are_no_overflow():
     tensors = [(t.detach() * 1e4).requires_grad_() for t in row(8, 2, 2, torch.float32)]
     found = values_and_gradients(attend, tensors, [Path([(0, 8)], 8)], 1.0)
