@@ -75,7 +75,7 @@ def measure(
 def _timed_layers(config: RunConfig, arch: Architecture, batch: MicroBatch, device: str) -> float:
     """Of all layers: of one in each place, each of the middle ones like the other."""
     layer = build_layer(config, arch)
-    layout = layout_of(layer, config, batch)
+    layout = layout_of(layer, config, batch, device)
 
     def seconds(place: str) -> float:
         one = layer_pass(layer, config, arch, batch, layout, place, device)

@@ -21,10 +21,13 @@ from transformers import LlamaForCausalLM
 
 from finetune.config import RunConfig
 from finetune.config.adapter import SOFT_PROMPTS
-from finetune.fast.attention import as_on_gpu, no_mask, register
+from finetune.fast.attention import no_mask, register
+from finetune.fast.beginnings import draws_dropout
 from finetune.fast.blocks import speed_up
 from finetune.fast.head import head_losses, plain_losses
-from finetune.fast.loss import Layout, lay_out, shares_beginnings
+from finetune.fast.loss import Layout, lay_out
+from finetune.fast.place import as_on_gpu
+from finetune.fast.products import makes_kernels
 from finetune.llama.architecture import Architecture, to_llama_config
 from finetune.methods import method_of
 from finetune.precision import uses_bf16_autocast
@@ -69,7 +72,7 @@ def layer_footprints(
             the CPU keep, without the CPU's float32 copies for attention.
     """
     layer = build_layer(config, arch)
-    layout = layout_of(layer, config, batch)
+    layout = layout_of(layer, config, batch, device)
     places = (MIDDLE, LAST)
     with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu(device == "cuda"):
         of = (layer_pass(layer, config, arch, batch, layout, place, device) for place in places)
@@ -84,13 +87,16 @@ def head_footprint(
         return _counted(head_pass(config, arch, supervised, device))
 
 
-def layout_of(layer: torch.nn.Module, config: RunConfig, batch: MicroBatch) -> Layout:
+def layout_of(layer: torch.nn.Module, config: RunConfig, batch: MicroBatch, device: str) -> Layout:
     """As the loss lays a micro-batch out; documents that are not known share nothing."""
     if batch.row is None:
         read = torch.arange(batch.supervised)
         return Layout(batch.tokens, read, read)
-    fast = config.fast
-    return lay_out(batch.row, fast.beginnings and shares_beginnings(layer, not fast.attention))
+    fast, dtype = config.fast, getattr(torch, config.base.dtype)
+    if not fast.attention or draws_dropout(layer):
+        return lay_out(batch.row)
+    few_sizes = device == "cpu" and makes_kernels(fast.products, dtype)
+    return lay_out(batch.row, fast.beginnings, few_sizes)
 
 
 def layer_pass(

@@ -22,7 +22,10 @@ class FastSection(Section):
 
     products: bool = True
     """Where a CPU has AVX-512 and is not Intel's, the float32 products of `lora` and `loss` by
-    oneDNN, which uses it; false: by MKL, which does not, as torch has them."""
+    oneDNN, which uses it; false: by MKL, which does not, as torch has them. Where products are
+    oneDNN's, bfloat16 included, rows are filled up to a multiple of 16 tokens, and `beginnings`
+    and `last_layer` wait until they save more than its kernels for new sizes cost; false: neither.
+    """
 
     pointwise: bool = True
     """RMSNorm, rotary embedding and SwiGLU as one function each; false: transformers' own."""

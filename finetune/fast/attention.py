@@ -8,9 +8,7 @@ done between documents, and a leak is impossible by construction. Without `docum
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,9 +19,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from finetune.fast.beginnings import Tree
 from finetune.fast.cpu_attention import LONGEST, attend, paths_of
+from finetune.fast.place import on_cpu
 
 DOCUMENT_ATTENTION = "plumbtune_documents"
-_as_on_gpu: ContextVar[bool] = ContextVar("as_on_gpu", default=False)
 
 
 def document_attention(
@@ -66,7 +64,7 @@ def document_attention(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attend(query[0], key[0], value[0], paths, scale).unsqueeze(0), None
     grouped, dtype = key.shape[1] != query.shape[1], query.dtype
-    if query.device.type == "cpu" and dtype != torch.float64 and not _as_on_gpu.get():
+    if on_cpu(query) and dtype != torch.float64:
         # torch's CPU kernel is several times slower in bfloat16 than in float32 on short
         # documents, and less exact.
         query, key, value = query.float(), key.float(), value.float()
@@ -99,8 +97,8 @@ def document_attention(
 
 def _goes_as_products(query: torch.Tensor, lengths: Sequence[int], dropout: float) -> bool:
     """Whether `cpu_attention` is the faster one; evaluation stays with torch's own."""
-    on_cpu = query.device.type == "cpu" and not _as_on_gpu.get()
-    return on_cpu and dropout == 0 and torch.is_grad_enabled() and max(lengths) <= LONGEST
+    short = max(lengths) <= LONGEST
+    return short and on_cpu(query) and dropout == 0 and torch.is_grad_enabled()
 
 
 # Query, key and value of a document, and which of its keys a query sees; None where all before it.
@@ -141,16 +139,6 @@ def no_mask(device: torch.device) -> torch.Tensor:
     it. Without it transformers would derive a dense mask from the reset position ids.
     """
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
-
-
-@contextlib.contextmanager
-def as_on_gpu(yes: bool) -> Iterator[None]:
-    """Tensors on the CPU stay in their own type, as a GPU's do: for counting memory."""
-    token = _as_on_gpu.set(yes)
-    try:
-        yield
-    finally:
-        _as_on_gpu.reset(token)
 
 
 def document_mask(lengths: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -9,6 +9,8 @@ themselves and at its beginning, which may lie in several pieces, in the nodes o
     nodes       A B C D       E         F          computed
     pieces      A B|C|D       E         F
     the third document: F looks at the pieces A B, C, F
+
+Where sizes are to be few, the last document goes on with fillers, which nobody reads.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Tree:
     """The nodes of a row.
 
     Attributes:
-        rows: (nodes,) a place in the row where each node stands, rising.
+        rows: (nodes,) a place in the row where each node stands, rising; of fillers, the last.
         node_of: (tokens,) the node of each token of the row.
         pieces: the sizes of runs of nodes of which no document has a part.
         branches: of the documents with nodes of their own, in the row's order.
@@ -54,12 +56,16 @@ class Tree:
     branches: list[Branch]
 
 
-def tree_of(input_ids: torch.Tensor, lengths: Sequence[int]) -> Tree | None:
-    """The tree of a row's documents; None where no two begin alike.
+def tree_of(
+    input_ids: torch.Tensor, lengths: Sequence[int], *, least: float = 0.0, multiple: int = 1
+) -> Tree | None:
+    """The tree of a row's documents; None where that is the row itself.
 
     Args:
         input_ids: (1, tokens), documents end to end.
         lengths: tokens of each document.
+        least: part of the tokens that has to be shared; else none is.
+        multiple: of how many nodes there are, with fillers.
     """
     ids = input_ids[0].cpu().numpy()
     edges = [0, *itertools.accumulate(lengths)]
@@ -72,10 +78,17 @@ def tree_of(input_ids: torch.Tensor, lengths: Sequence[int]) -> Tree | None:
         there, here = edges[before], edges[after]
         stands[here : here + num_alike] = stands[there : there + num_alike]
     rows, node_of = np.unique(stands, return_inverse=True)
-    if len(rows) == len(ids):
+    if len(ids) - len(rows) < least * len(ids):
+        stands = rows = node_of = np.arange(len(ids))
+    num_fillers = -len(rows) % multiple
+    if len(rows) == len(ids) and num_fillers == 0:
         return None
     paths = [node_of[start:end] for start, end in itertools.pairwise(edges)]
     own = [int((stands[a:b] == np.arange(a, b)).sum()) for a, b in itertools.pairwise(edges)]
+    last = max(n for n, num_own in enumerate(own) if num_own > 0)
+    paths[last] = np.append(paths[last], len(rows) + np.arange(num_fillers))
+    own[last] += num_fillers
+    rows = np.append(rows, np.full(num_fillers, rows[-1]))
     device = input_ids.device
     rows_there, node_of_there = (torch.from_numpy(a).to(device) for a in (rows, node_of))
     return Tree(rows_there, node_of_there, *_pieces(paths, own, len(rows), device))

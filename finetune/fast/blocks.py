@@ -24,7 +24,12 @@ from finetune.config import FastSection
 from finetune.fast.attention import DOCUMENT_ATTENTION, document_attention
 from finetune.fast.beginnings import draws_dropout
 from finetune.fast.lora import project, projections_of, type_of_products
+from finetune.fast.place import on_cpu
 from finetune.fast.pointwise import rms_norm, rotate, swiglu
+from finetune.fast.products import makes_kernels
+
+# FLOP that the last layer has to save where it needs kernels of its own: as long as they take.
+LEAST_SAVED = 1 << 33
 
 
 def speed_up(model: torch.nn.Module, parts: FastSection) -> None:
@@ -103,14 +108,28 @@ def _layer(
         read: (tokens,) places in the row that the loss reads; None for all.
     """
     attention = self.self_attn
-    is_last = attention.layer_idx == attention.config.num_hidden_layers - 1
-    if read is None or not is_last or draws_dropout(self) or _has_other_attention(attention):
+    if (
+        read is None
+        or attention.layer_idx != attention.config.num_hidden_layers - 1
+        or draws_dropout(self)
+        or _has_other_attention(attention)
+        or not _pays(self, parts, hidden_states, len(read))
+    ):
         result: torch.Tensor = type(self).forward(self, hidden_states, **kwargs)
         return result
     attended, _ = attention(self.input_layernorm(hidden_states), kept=read, **kwargs)
     rows = hidden_states[:, read] + attended
     rows = rows + self.mlp(self.post_attention_layernorm(rows))
     return torch.zeros_like(hidden_states, dtype=rows.dtype).index_copy(1, read, rows)
+
+
+def _pays(layer: Any, parts: FastSection, hidden_states: torch.Tensor, num_read: int) -> bool:
+    """Whether a layer that drops tokens saves more than the kernels for those it keeps cost."""
+    dtype = type_of_products(hidden_states, layer.input_layernorm.weight)
+    if not on_cpu(hidden_states) or not makes_kernels(parts.products, dtype):
+        return True
+    weights = sum(parameter.numel() for parameter in layer.mlp.parameters())
+    return 4 * (hidden_states.shape[1] - num_read) * weights >= LEAST_SAVED
 
 
 def _mlp(self: Any, parts: FastSection, x: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,12 @@ import torch
 from finetune.fast.attention import document_mask, no_mask
 from finetune.fast.beginnings import Tree, draws_dropout, tree_of
 from finetune.fast.head import answering_head, head_losses, plain_losses
+from finetune.fast.place import on_cpu
+from finetune.fast.products import makes_kernels
 
 IGNORED = -100
+ROUND = 16  # tokens: a cache line of them
+LEAST_SHARED = 1 / 16  # of a row, to be worth a size of its own
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,10 @@ class Layout:
     """What of a packed row is computed.
 
     Attributes:
-        num_tokens: that go through the layers.
+        num_tokens: that go through the layers, fillers among them.
         positions: (supervised,) of these, where each supervised token is predicted from.
         read: (…,) the same places, each once, rising.
-        tree: where documents share their beginnings; None elsewhere.
+        tree: where that is not the row itself.
     """
 
     num_tokens: int
@@ -85,19 +89,24 @@ class Layout:
     tree: Tree | None = None
 
 
-def lay_out(packed: Packed, beginnings: bool) -> Layout:
-    """The row as it is, or as the tree of its documents where `beginnings` are shared."""
+def lay_out(packed: Packed, beginnings: bool = False, few_sizes: bool = False) -> Layout:
+    """The row as it is, or as the tree of its documents: not where dropout is drawn, nor under a
+    mask over the row.
+
+    Args:
+        beginnings: documents share theirs.
+        few_sizes: only sizes that come back, so that kernels for them are there.
+    """
     positions, _ = supervised(packed.labels)
-    tree = tree_of(packed.input_ids, packed.document_lengths) if beginnings else None
+    tree = None
+    if beginnings or few_sizes:
+        least = (LEAST_SHARED if few_sizes else 0.0) if beginnings else 1.0
+        multiple = ROUND if few_sizes else 1
+        tree = tree_of(packed.input_ids, packed.document_lengths, least=least, multiple=multiple)
     if tree is None:
         return Layout(packed.input_ids.shape[1], positions, positions)
     positions = tree.node_of[positions]
     return Layout(len(tree.rows), positions, positions.unique(), tree)
-
-
-def shares_beginnings(model: torch.nn.Module, dense: bool) -> bool:
-    """Whether documents can: not where dropout is drawn, nor under a mask over the row."""
-    return not dense and not draws_dropout(model)
 
 
 def token_losses(
@@ -119,22 +128,27 @@ def token_losses(
         dense: attention with a mask over the row, the twin of `document_attention`.
         beginnings: what documents have in common at their beginning is computed once; not where
             dropout is drawn, or attention is dense.
-        products: those of the head by the faster library.
+        products: those of the head by the faster library, and all of sizes that suit it.
 
     Returns:
         (supervised,) losses in nats, float32; empty, with a graph, where nothing is supervised.
     """
-    together = beginnings and shares_beginnings(model, dense)
     rows = rows_for(model, packed)
-    return torch.cat([_losses(model, r, in_blocks, dense, together, products) for r in rows])
+    dtype: Any = getattr(model, "module", model).dtype
+    few_sizes = on_cpu(packed.input_ids) and makes_kernels(products, dtype)
+    if dense or draws_dropout(model):
+        beginnings = few_sizes = False
+    layouts = [lay_out(row, beginnings, few_sizes) for row in rows]
+    pairs = zip(rows, layouts, strict=True)
+    return torch.cat([_losses(model, *pair, in_blocks, dense, products) for pair in pairs])
 
 
 def _losses(
     model: torch.nn.Module,
     packed: Packed,
+    layout: Layout,
     in_blocks: bool,
     dense: bool,
-    beginnings: bool,
     products: bool,
 ) -> torch.Tensor:
     _, targets = supervised(packed.labels)
@@ -146,7 +160,7 @@ def _losses(
         return plain_losses(logits_of(hidden)[0], targets).unsqueeze(0)
 
     with answering_head(model, answer):
-        return supervised_logits(model, packed, dense, beginnings)
+        return supervised_logits(model, packed, dense, layout)
 
 
 def rows_for(model: torch.nn.Module, packed: Packed) -> list[Packed]:
@@ -155,18 +169,18 @@ def rows_for(model: torch.nn.Module, packed: Packed) -> list[Packed]:
 
 
 def supervised_logits(
-    model: torch.nn.Module, packed: Packed, dense: bool = False, beginnings: bool = False
+    model: torch.nn.Module, packed: Packed, dense: bool = False, layout: Layout | None = None
 ) -> torch.Tensor:
     """(supervised, vocab): what the model says before each supervised token of a packed row.
 
     Args:
         packed: one of `rows_for`.
         dense: with a mask over the row.
-        beginnings: documents share theirs; not with `dense`.
+        layout: of the row, plain with `dense`; None is plain.
     """
     if has_soft_prompt(model):
         return _behind_vectors(model, packed)
-    layout, lengths = lay_out(packed, beginnings), packed.document_lengths
+    layout, lengths = layout or lay_out(packed), packed.document_lengths
     ids, places, tree = packed.input_ids, packed.position_ids, layout.tree
     if tree is not None:
         ids, places = ids[:, tree.rows], places[:, tree.rows]

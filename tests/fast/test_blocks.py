@@ -11,9 +11,10 @@ from adapted import with_adapter
 from tolerances import FAST_BFLOAT16, FAST_GRADIENT_FLOAT32
 
 from finetune.config import FastSection
-from finetune.fast.attention import as_on_gpu
+from finetune.fast import blocks
 from finetune.fast.blocks import speed_up
 from finetune.fast.loss import pack, token_losses
+from finetune.fast.place import as_on_gpu
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -44,6 +45,7 @@ def losses_and_gradients(model, parts, documents=DOCUMENTS, scale=1.0):
         in_blocks=parts.loss,
         dense=not parts.attention,
         beginnings=parts.beginnings,
+        products=parts.products,
     )
     (losses.sum() * scale).backward()
     named = model.named_parameters()
@@ -133,18 +135,34 @@ def test_all_weights_may_train(tiny_llama):
     assert distance(*both(model, FastSection())) < FAST_GRADIENT_FLOAT32
 
 
-@pytest.mark.parametrize(
-    ("settings", "num_rows"), [({}, 3 + 30), ({"lora_dropout": 0.3}, 42)], ids=["plain", "dropout"]
-)
-def test_the_last_layer_goes_on_with_what_the_loss_reads(tiny_llama, settings, num_rows):
-    """Of 42 tokens 33 are supervised; where dropout is drawn, all go on."""
-    model = with_adapter(tiny_llama(), **settings)
+def rows_of_layers(model):
+    """Tokens that go through each layer's MLP."""
     speed_up(model, FastSection())
     rows = []
     for layer in model.base_model.model.model.layers:
         layer.mlp.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
     losses_and_gradients(model, FastSection())
-    assert rows == [42] * (len(rows) - 1) + [num_rows]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_rows"), [({}, 3 + 30), ({"lora_dropout": 0.3}, 42)], ids=["plain", "dropout"]
+)
+def test_the_last_layer_goes_on_with_what_the_loss_reads(tiny_llama, library, settings, num_rows):
+    """Of 42 tokens 33 are supervised; where dropout is drawn, all go on."""
+    *others, last = rows_of_layers(with_adapter(tiny_llama(), **settings))
+    assert last == num_rows
+    assert set(others) == {48 if library == "onednn" and not settings else 42}
+
+
+def test_the_last_layer_ends_nowhere_where_kernels_cost_more(tiny_llama, monkeypatch, library):
+    """Of 48 tokens, with fillers, 15 are not read."""
+    model = with_adapter(tiny_llama())
+    mlp = model.base_model.model.model.layers[-1].mlp
+    saved = 4 * 15 * sum(parameter.numel() for parameter in mlp.parameters())
+    for least, rows in ((saved, 33), (saved + 1, 48 if library == "onednn" else 33)):
+        monkeypatch.setattr(blocks, "LEAST_SAVED", least)
+        assert rows_of_layers(model)[-1] == rows
 
 
 def test_gradients_add_up_over_micro_batches(tiny_llama):
