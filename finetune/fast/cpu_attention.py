@@ -6,7 +6,8 @@ documents that are short the scores of a block of queries fit a cache as they ar
     P = softmax(s Q K' + mask)      O = P V
     dV = P' dO      dS = P ∘ (dO V' - rowsum(P ∘ dO V'))      dQ = s dS K      dK = s dS' Q
 
-One function for a row of documents: only queries, keys and values are kept, P is made again.
+One function for a row of documents. Queries, keys and values are kept, and P of documents so short
+that it has no more numbers than these; of others, P is made again.
 
 Source: FlashAttention (arXiv 2205.14135), appendix B.4, without its tiles.
 """
@@ -93,45 +94,55 @@ class _Documents(torch.autograd.Function):
         paths: Sequence[Path],
         scaling: float,
     ) -> torch.Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.paths, ctx.scaling = paths, scaling
+        inputs, kept = (query, key, value), []
         heads, tokens, width = query.shape
         result = query.new_empty(tokens, heads, width)
-        query, key, value = _wide(query) * scaling, _wide(key), _wide(value)
-        later = _later(query)
+        query, key, value = (_wide(t) for t in inputs)
+        hides, short = _hides(query, paths), _longest_kept(*inputs[:2])
         for path in paths:
             own = _own(path)
             q, out = query[:, own], result[own].transpose(0, 1)
             k, v = (_taken(t, path, heads) for t in (key, value))
-            for asks, seen, p in _probabilities(q, k, later):
+            for asks, seen in _blocks(q, k):
+                p = _probabilities(q[:, asks], k[:, :seen], hides, scaling)
                 out[:, asks] = torch.bmm(p, v[:, :seen])
+                if k.shape[1] <= short:
+                    kept.append(p)
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.paths, ctx.scaling = paths, scaling
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
-        heads = len(query)
+        query, key, value, *kept = ctx.saved_tensors
+        heads, probabilities, short = len(query), iter(kept), _longest_kept(query, key)
         dquery = torch.empty_like(grad, dtype=query.dtype).transpose(0, 1)
         alone = all(path.ranges == [(_own(path).start, _own(path).stop)] for path in ctx.paths)
         dkey, dvalue = (_gradient_of(t, alone) for t in (key, value))
         types = key.dtype, value.dtype
-        query, key, value = _wide(query) * ctx.scaling, _wide(key), _wide(value)
-        grad, later = _wide(grad.transpose(0, 1)), _later(query)
+        query, key, value, grad = (_wide(t) for t in (query, key, value, grad.transpose(0, 1)))
+        hides = _hides(query, ctx.paths)
         with torch.autocast(grad.device.type, enabled=False):
             for path in ctx.paths:
                 own = _own(path)
                 q, g, dq = query[:, own], grad[:, own], dquery[:, own]
                 k, v = (_taken(t, path, heads) for t in (key, value))
                 dk = dv = None
-                for asks, seen, p in _probabilities(q, k, later):
-                    dp = torch.bmm(g[:, asks], v[:, :seen].transpose(1, 2))
+                for asks, seen in _blocks(q, k):
+                    ask, see, given = q[:, asks], k[:, :seen], g[:, asks]
+                    if k.shape[1] <= short:
+                        p = next(probabilities)
+                    else:
+                        p = _probabilities(ask, see, hides, ctx.scaling)
+                    dp = torch.bmm(given, v[:, :seen].transpose(1, 2))
                     ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-                    dq[:, asks] = torch.bmm(ds, k[:, :seen]).mul_(ctx.scaling)
-                    dk = _sum(torch.bmm(ds.transpose(1, 2), q[:, asks]), dk)
-                    dv = _sum(torch.bmm(p.transpose(1, 2), g[:, asks]), dv)
-                for total, part in ((dkey, dk), (dvalue, dv)):
-                    _give(total, part, path, alone)
+                    dq[:, asks] = torch.bmm(ds, see).mul_(ctx.scaling)
+                    dk = _sum(torch.bmm(ds.transpose(1, 2), ask), dk)
+                    dv = _sum(torch.bmm(p.transpose(1, 2), given), dv)
+                assert dk is not None and dv is not None  # a path has tokens of its own
+                _give(dkey, dk.mul_(ctx.scaling), path, alone)
+                _give(dvalue, dv, path, alone)
         return dquery, dkey.to(types[0]), dvalue.to(types[1]), None, None
 
 
@@ -142,9 +153,7 @@ def _own(path: Path) -> slice:
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     """(heads, tokens, head_dim) in the type of the products."""
-    if tensor.dtype in (torch.float32, torch.float64):
-        return tensor
-    return tensor.to(torch.float32, memory_format=torch.contiguous_format)
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _taken(tensor: torch.Tensor, path: Path, heads: int) -> torch.Tensor:
@@ -154,30 +163,38 @@ def _taken(tensor: torch.Tensor, path: Path, heads: int) -> torch.Tensor:
     return taken if len(taken) == heads else taken.repeat_interleave(heads // len(taken), 0)
 
 
-def _later(q: torch.Tensor) -> torch.Tensor:
-    """What is added to the scores of a block of queries and its own keys: none sees a later one."""
-    size = min(_QUERIES, q.shape[1])
-    return torch.full((size, size), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+def _longest_kept(query: torch.Tensor, key: torch.Tensor) -> int:
+    """Tokens of a document whose probabilities are as many as its queries, keys and values."""
+    return query.shape[2] * (len(query) + 2 * len(key)) // len(query)
 
 
-def _probabilities(
-    q: torch.Tensor, k: torch.Tensor, later: torch.Tensor
-) -> Iterator[tuple[slice, int, torch.Tensor]]:
-    """Blocks of queries from the last one: which, how many keys they see, and (heads, queries,
-    keys) probabilities.
+def _hides(query: torch.Tensor, paths: Sequence[Path]) -> torch.Tensor:
+    """(queries, keys) of the largest block, what is added to scores: none sees a later key."""
+    longest = max(sum(stop - start for start, stop in path.ranges) for path in paths)
+    hides = query.new_full((min(_QUERIES, longest), longest), -torch.inf)
+    return hides.triu_(1 + longest - len(hides))
+
+
+def _blocks(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, int]]:
+    """Blocks of a document's queries from the last one, and how many keys each sees.
 
     Args:
-        q: (heads, own, head_dim), scaled.
+        q: (heads, own, head_dim).
         k: (heads, tokens, head_dim): those before, and its own.
-        later: by `_later`.
     """
     own, before = q.shape[1], k.shape[1] - q.shape[1]
     num_blocks = -(-own // _QUERIES)
     edges = [own * n // num_blocks for n in range(num_blocks + 1)]
     for first, last in reversed(list(itertools.pairwise(edges))):
-        scores = torch.bmm(q[:, first:last], k[:, : before + last].transpose(1, 2))
-        scores[:, :, before + first :] += later[: last - first, : last - first]
-        yield slice(first, last), before + last, torch.softmax(scores, -1)
+        yield slice(first, last), before + last
+
+
+def _probabilities(
+    q: torch.Tensor, k: torch.Tensor, hides: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """(heads, queries, keys) of a block and all the keys that its last query sees."""
+    hidden = hides[len(hides) - q.shape[1] :, hides.shape[1] - k.shape[1] :]
+    return torch.softmax(torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=scaling), -1)
 
 
 def _sum(part: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
@@ -197,9 +214,8 @@ def _gradient_of(tensor: torch.Tensor, alone: bool) -> torch.Tensor:
     return tensor.new_zeros(tokens, heads, width, dtype=dtype).transpose(0, 1)
 
 
-def _give(total: torch.Tensor, part: torch.Tensor | None, path: Path, alone: bool) -> None:
+def _give(total: torch.Tensor, part: torch.Tensor, path: Path, alone: bool) -> None:
     """A document's gradient of keys or values to the tokens it looks at."""
-    assert part is not None  # a path has tokens of its own
     if len(part) != len(total):
         part = part.unflatten(0, (len(total), -1)).sum(1)
     begin = 0

@@ -128,9 +128,14 @@ def test_what_goes_as_products(monkeypatch, change, goes):
     assert bool(asked) is goes
 
 
-def test_nothing_but_its_inputs_is_kept():
-    kept = []
-    tensors = row(40, 4, 2, torch.float32)
+@pytest.mark.parametrize("longer", [0, 1])
+def test_what_is_kept(monkeypatch, longer):
+    """Its inputs, and the probabilities of short documents: no more numbers than the inputs."""
+    monkeypatch.setattr(cpu_attention, "_QUERIES", 10)
+    short = 2 * WIDTH  # a token has four queries, two keys and two values
+    tensors, kept = row(short + longer, 4, 2, torch.float32), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        attend(*tensors, [Path([(0, 40)], 40)], 0.3)
-    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in tensors}
+        attend(*tensors, [Path([(0, short + longer)], short + longer)], 0.3)
+    assert [t.data_ptr() for t in kept[:3]] == [t.data_ptr() for t in tensors]
+    assert len(kept[3:]) == (0 if longer else -(-short // 10))
+    assert sum(t.numel() for t in kept[3:]) <= sum(t.numel() for t in tensors)
