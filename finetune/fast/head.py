@@ -144,16 +144,20 @@ def _other_logits(
     where the library lets it.
     """
     vocab, tokens = len(weight), len(hidden)
-    rows = min(max(NUM_LOGITS // max(tokens, 1), LEAST_ROWS), vocab)
-    memory = torch.empty(0 if onednn else rows, tokens, dtype=own.dtype, device=hidden.device)
+    rows = _rows_at_once(vocab, tokens)
+    memory = torch.empty(0 if onednn else rows * tokens, dtype=own.dtype, device=hidden.device)
     for start in range(0, vocab, rows):
         part = slice(start, min(start + rows, vocab))
-        if onednn:  # which would copy a left side that is not in order, as the next product's is
+        num_rows = part.stop - start
+        room = memory[: num_rows * tokens]
+        # MKL is faster in this order; oneDNN would copy a left side that is not in order, as the
+        # next product's is
+        if onednn:
             logits = times(hidden, weight[part], onednn).t()
         elif own.dtype == hidden.dtype:
-            logits = torch.mm(weight[part], hidden.t(), out=memory[: part.stop - start])
+            logits = torch.mm(weight[part], hidden.t(), out=room.view(num_rows, tokens))
         else:
-            logits = memory[: part.stop - start].copy_(torch.mm(weight[part], hidden.t()))
+            logits = room.view(tokens, num_rows).copy_(torch.mm(hidden, weight[part].t())).t()
         inside = (targets >= start) & (targets < part.stop)
         place = (targets - start).clamp_(0, len(logits) - 1).unsqueeze(0)
         there = logits.gather(0, place)
@@ -161,6 +165,13 @@ def _other_logits(
         logits.scatter_(0, place, there.masked_fill_(inside, -torch.inf))
         yield part, logits
         del logits
+
+
+def _rows_at_once(vocab: int, tokens: int) -> int:
+    """Of the vocabulary; parts of one size where it has such: one kernel serves them all."""
+    most = min(max(NUM_LOGITS // max(tokens, 1), LEAST_ROWS), vocab)
+    even = (rows for rows in range(most - most % 16, most // 2, -16) if vocab % rows == 0)
+    return next(even, most)
 
 
 def _plus_product(

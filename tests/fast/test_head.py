@@ -142,3 +142,19 @@ def test_the_head_is_itself_again_afterwards(tiny_llama):
 
 def _failing(*_):
     raise RuntimeError("on purpose")
+
+
+@pytest.mark.parametrize(
+    ("vocab", "tokens", "rows"),
+    [
+        (32_000, 736, 1280),  # of 1,424 at most
+        (128_256, 736, 768),
+        (32_000, 1, 32_000),
+        (32_000, 0, 32_000),
+        (32_000, 1 << 20, 400),  # of 512 at most
+        (151_665, 736, 1424),  # an odd vocabulary has a rest
+        (50, 736, 50),
+    ],
+)
+def test_parts_are_of_one_size_where_the_vocabulary_has_such(vocab, tokens, rows):
+    assert head._rows_at_once(vocab, tokens) == rows
