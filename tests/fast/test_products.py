@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from finetune.fast import products
 from finetune.fast.head import head_losses
 from finetune.fast.lora import Projection, project
-from finetune.fast.products import go_to_onednn, plus_times, times
+from finetune.fast.products import go_to_onednn, makes_kernels, plus_times, times
 
 AMD = {"cpu_name": "AMD EPYC 9B45", "avx512_f": True}
 
@@ -124,3 +124,23 @@ def test_results_without_numbers_have_the_same_shape():
         added = plus_times(product, x, weight, onednn=True)
     assert product.shape == added.shape == (5, 3)
     assert added.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted", "library", "makes"),
+    [
+        (torch.float32, True, True, True),
+        (torch.float32, True, False, False),
+        (torch.float32, False, True, False),
+        (torch.float64, True, True, False),
+        (torch.bfloat16, False, True, False),
+    ],
+)
+def test_where_kernels_are_made_for_sizes(monkeypatch, dtype, wanted, library, makes):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: library)
+    assert makes_kernels(wanted, dtype) is makes
+
+
+def test_kernels_of_bfloat16_are_onednns_where_torch_says_so():
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert makes_kernels(True, torch.bfloat16) is bool(supported)
