@@ -22,10 +22,9 @@ from transformers import LlamaForCausalLM
 from finetune.config import RunConfig
 from finetune.config.adapter import SOFT_PROMPTS
 from finetune.fast.attention import no_mask, register
-from finetune.fast.beginnings import draws_dropout
 from finetune.fast.blocks import speed_up
 from finetune.fast.head import head_losses, plain_losses
-from finetune.fast.loss import Layout, lay_out
+from finetune.fast.loss import Layout, lay_out, may_be_laid_out
 from finetune.fast.place import as_on_gpu
 from finetune.fast.products import makes_kernels
 from finetune.llama.architecture import Architecture, to_llama_config
@@ -93,10 +92,9 @@ def layout_of(layer: torch.nn.Module, config: RunConfig, batch: MicroBatch, devi
         read = torch.arange(batch.supervised)
         return Layout(batch.tokens, read, read)
     fast, dtype = config.fast, getattr(torch, config.base.dtype)
-    if not fast.attention or draws_dropout(layer):
-        return lay_out(batch.row)
-    few_sizes = device == "cpu" and makes_kernels(fast.products, dtype)
-    return lay_out(batch.row, fast.beginnings, few_sizes)
+    free = may_be_laid_out(layer, not fast.attention)
+    few_sizes = free and device == "cpu" and makes_kernels(fast.products, dtype)
+    return lay_out(batch.row, free and fast.beginnings, few_sizes)
 
 
 def layer_pass(

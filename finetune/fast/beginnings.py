@@ -69,14 +69,7 @@ def tree_of(
     """
     ids = input_ids[0].cpu().numpy()
     edges = [0, *itertools.accumulate(lengths)]
-    documents = [ids[start:end] for start, end in itertools.pairwise(edges)]
-    # In order of their ids, as big-endian bytes have it, none shares more than with the one before.
-    order = sorted(range(len(documents)), key=lambda n: documents[n].astype(">i8").tobytes())
-    stands = np.arange(len(ids))
-    for before, after in itertools.pairwise(order):
-        num_alike = _num_alike(documents[before], documents[after])
-        there, here = edges[before], edges[after]
-        stands[here : here + num_alike] = stands[there : there + num_alike]
+    stands = np.arange(len(ids)) if least >= 1 else _stands(ids, edges)
     rows, node_of = np.unique(stands, return_inverse=True)
     if len(ids) - len(rows) < least * len(ids):
         stands = rows = node_of = np.arange(len(ids))
@@ -92,6 +85,19 @@ def tree_of(
     device = input_ids.device
     rows_there, node_of_there = (torch.from_numpy(a).to(device) for a in (rows, node_of))
     return Tree(rows_there, node_of_there, *_pieces(paths, own, len(rows), device))
+
+
+def _stands(ids: np.ndarray, edges: Sequence[int]) -> np.ndarray:
+    """(tokens,) the place in the row where each token's node stands."""
+    documents = [ids[start:end] for start, end in itertools.pairwise(edges)]
+    # In order of their ids, as big-endian bytes have it, none shares more than with the one before.
+    order = sorted(range(len(documents)), key=lambda n: documents[n].astype(">i8").tobytes())
+    stands = np.arange(len(ids))
+    for before, after in itertools.pairwise(order):
+        num_alike = _num_alike(documents[before], documents[after])
+        there, here = edges[before], edges[after]
+        stands[here : here + num_alike] = stands[there : there + num_alike]
+    return stands
 
 
 def _num_alike(one: np.ndarray, other: np.ndarray) -> int:

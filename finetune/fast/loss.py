@@ -89,9 +89,14 @@ class Layout:
     tree: Tree | None = None
 
 
+def may_be_laid_out(model: torch.nn.Module, dense: bool) -> bool:
+    """Whether a row may go through as a tree: not where dropout is drawn, nor under a mask over the
+    row, nor behind vectors."""
+    return not (dense or has_soft_prompt(model) or draws_dropout(model))
+
+
 def lay_out(packed: Packed, beginnings: bool = False, few_sizes: bool = False) -> Layout:
-    """The row as it is, or as the tree of its documents: not where dropout is drawn, nor under a
-    mask over the row.
+    """The row as it is, or as the tree of its documents, where `may_be_laid_out`.
 
     Args:
         beginnings: documents share theirs.
@@ -100,9 +105,13 @@ def lay_out(packed: Packed, beginnings: bool = False, few_sizes: bool = False) -
     positions, _ = supervised(packed.labels)
     tree = None
     if beginnings or few_sizes:
-        least = (LEAST_SHARED if few_sizes else 0.0) if beginnings else 1.0
-        multiple = ROUND if few_sizes else 1
-        tree = tree_of(packed.input_ids, packed.document_lengths, least=least, multiple=multiple)
+        worth = LEAST_SHARED if few_sizes else 0.0
+        tree = tree_of(
+            packed.input_ids,
+            packed.document_lengths,
+            least=worth if beginnings else 1.0,
+            multiple=ROUND if few_sizes else 1,
+        )
     if tree is None:
         return Layout(packed.input_ids.shape[1], positions, positions)
     positions = tree.node_of[positions]
@@ -135,10 +144,9 @@ def token_losses(
     """
     rows = rows_for(model, packed)
     dtype: Any = getattr(model, "module", model).dtype
-    few_sizes = on_cpu(packed.input_ids) and makes_kernels(products, dtype)
-    if dense or draws_dropout(model):
-        beginnings = few_sizes = False
-    layouts = [lay_out(row, beginnings, few_sizes) for row in rows]
+    free = may_be_laid_out(model, dense)
+    few_sizes = free and on_cpu(packed.input_ids) and makes_kernels(products, dtype)
+    layouts = [lay_out(row, free and beginnings, few_sizes) for row in rows]
     pairs = zip(rows, layouts, strict=True)
     return torch.cat([_losses(model, *pair, in_blocks, dense, products) for pair in pairs])
 

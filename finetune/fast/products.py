@@ -31,11 +31,10 @@ def go_to_onednn(wanted: bool, tensor: torch.Tensor) -> bool:
 def makes_kernels(wanted: bool, dtype: torch.dtype) -> bool:
     """Whether a CPU's products of a type are oneDNN's, which makes a kernel for every size of them,
     in 0.4 ms: as long as a product of a small model, so that a step gains by few sizes."""
-    if not wanted or not torch.backends.mkldnn.is_available():
-        return False
     if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32 and onednn_is_faster()
+        there = torch.backends.mkldnn.is_available()
+        return wanted and there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return wanted and dtype == torch.float32 and onednn_is_faster()
 
 
 def times(x: torch.Tensor, weight: torch.Tensor, onednn: bool = False) -> torch.Tensor:
