@@ -18,6 +18,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # On a CPU, oneDNN and torch's layer over it keep 0.6 to 2 MB for every shape of a product, 1,024 of
 # them each; steps of packed rows differ in shape, and a layer needs about 25.
+KERNELS_BY_CHOICE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY" in os.environ
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "48")
 

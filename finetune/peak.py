@@ -21,7 +21,7 @@ LIBRARIES_BYTES = int(0.55 * GIB)
 # is nothing one can derive; these shares of a layer's own peak and of all that is alive fit what
 # was measured (docs/scaling.md), and so does what oneDNN's kernels take with them, by their type.
 _HEAP_OF_LAYER, _HEAP_OF_ALIVE = 1.2, 0.17
-_HEAP_OF_BFLOAT16, _HEAP_OF_FLOAT32 = int(0.06 * GIB), int(0.205 * GIB)
+_HEAP_OF_BFLOAT16, _HEAP_OF_FLOAT32 = int(0.08 * GIB), int(0.205 * GIB)
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,10 @@ def _alive(config: RunConfig, budget: Budget, work: Workload, cluster: Cluster) 
 
 def _heap(config: RunConfig, alive: _Alive) -> int:
     from finetune.fast.products import onednn_is_faster
-    from finetune.precision import uses_bf16_autocast
+    from finetune.precision import multiplies_in_bf16
 
     kernels = 0
-    if config.base.dtype == "bfloat16" or uses_bf16_autocast(config, "cpu"):
+    if multiplies_in_bf16(config, "cpu"):
         kernels = _HEAP_OF_BFLOAT16
     elif config.fast.products and onednn_is_faster():
         kernels = _HEAP_OF_FLOAT32

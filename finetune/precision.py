@@ -23,3 +23,8 @@ def uses_bf16_autocast(config: RunConfig, device: str | None = None) -> bool:
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
+
+
+def multiplies_in_bf16(config: RunConfig, device: str | None = None) -> bool:
+    """Whether a step's products are in bfloat16: those of the base, or under autocast."""
+    return config.base.dtype == "bfloat16" or uses_bf16_autocast(config, device)

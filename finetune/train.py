@@ -89,11 +89,15 @@ def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> list[str]:
     with loading_libraries():
         from finetune import checkpoint, fit, resume, stages
         from finetune.fast.allocator import keep_freed_memory
+        from finetune.fast.products import keep_small_kernels
         from finetune.monitor import Progress, StepMetrics, StopAtBoundary, stop_on_signals
+        from finetune.precision import multiplies_in_bf16
         from finetune.recipes import RECIPES
         from finetune.watchdog import frozen_checksums, refuse_changed
 
     config = loaded.config
+    if multiplies_in_bf16(config):
+        keep_small_kernels()
     base = stages.prepare_base(config, run, is_first_rank())
     data = stages.prepare_data(config, run, base, is_first_rank(), allowed)
     known = {"arch": base.architecture, "data": data}

@@ -62,7 +62,9 @@ def document_attention(
     if _goes_as_products(query, document_lengths, dropout):
         paths = paths_of(document_lengths, tree)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend(query[0], key[0], value[0], paths, scale).unsqueeze(0), None
+        return attend(query.squeeze(0), key.squeeze(0), value.squeeze(0), paths, scale).unsqueeze(
+            0
+        ), None
     grouped, dtype = key.shape[1] != query.shape[1], query.dtype
     if on_cpu(query) and dtype != torch.float64:
         # torch's CPU kernel is several times slower in bfloat16 than in float32 on short

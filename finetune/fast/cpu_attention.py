@@ -99,10 +99,9 @@ class _Documents(torch.autograd.Function):
         result = query.new_empty(tokens, heads, width)
         query, key, value = (_wide(t) for t in inputs)
         hides, short = _hides(query, paths), _longest_kept(*inputs[:2])
-        for path in paths:
-            own = _own(path)
-            q, out = query[:, own], result[own].transpose(0, 1)
-            k, v = (_taken(t, path, heads) for t in (key, value))
+        asking = (_own(t, paths) for t in (query, result.transpose(0, 1)))
+        seen_by = (_seen(t, paths, heads) for t in (key, value))
+        for q, out, k, v in zip(*asking, *seen_by, strict=True):
             for asks, seen in _blocks(q, k):
                 p = _probabilities(q[:, asks], k[:, :seen], hides, scaling)
                 out[:, asks] = torch.bmm(p, v[:, :seen])
@@ -116,39 +115,44 @@ class _Documents(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
-        heads, probabilities, short = len(query), iter(kept), _longest_kept(query, key)
+        heads, paths, scaling = query.shape[0], ctx.paths, ctx.scaling
+        alone = _are_alone(paths)
+        probabilities, short = iter(kept), _longest_kept(query, key)
         dquery = torch.empty_like(grad, dtype=query.dtype).transpose(0, 1)
-        alone = all(path.ranges == [(_own(path).start, _own(path).stop)] for path in ctx.paths)
         dkey, dvalue = (_gradient_of(t, alone) for t in (key, value))
         types = key.dtype, value.dtype
         query, key, value, grad = (_wide(t) for t in (query, key, value, grad.transpose(0, 1)))
-        hides = _hides(query, ctx.paths)
+        hides = _hides(query, paths)
+        asking = (_own(t, paths) for t in (query, grad, dquery))
+        seen_by = (_seen(t, paths, heads) for t in (key, value))
         with torch.autocast(grad.device.type, enabled=False):
-            for path in ctx.paths:
-                own = _own(path)
-                q, g, dq = query[:, own], grad[:, own], dquery[:, own]
-                k, v = (_taken(t, path, heads) for t in (key, value))
+            for path, q, g, dq, k, v in zip(paths, *asking, *seen_by, strict=True):
                 dk = dv = None
                 for asks, seen in _blocks(q, k):
                     ask, see, given = q[:, asks], k[:, :seen], g[:, asks]
                     if k.shape[1] <= short:
                         p = next(probabilities)
                     else:
-                        p = _probabilities(ask, see, hides, ctx.scaling)
+                        p = _probabilities(ask, see, hides, scaling)
                     dp = torch.bmm(given, v[:, :seen].transpose(1, 2))
-                    ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-                    dq[:, asks] = torch.bmm(ds, see).mul_(ctx.scaling)
+                    ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+                    dq[:, asks] = torch.bmm(ds, see).mul_(scaling)
                     dk = _sum(torch.bmm(ds.transpose(1, 2), ask), dk)
                     dv = _sum(torch.bmm(p.transpose(1, 2), given), dv)
                 assert dk is not None and dv is not None  # a path has tokens of its own
-                _give(dkey, dk.mul_(ctx.scaling), path, alone)
+                _give(dkey, dk.mul_(scaling), path, alone)
                 _give(dvalue, dv, path, alone)
         return dquery, dkey.to(types[0]), dvalue.to(types[1]), None, None
 
 
-def _own(path: Path) -> slice:
-    stop = path.ranges[-1][1]
-    return slice(stop - path.own, stop)
+def _are_alone(paths: Sequence[Path]) -> bool:
+    """Whether no document looks at another's tokens."""
+    return all(len(p.ranges) == 1 and p.ranges[0][1] - p.ranges[0][0] == p.own for p in paths)
+
+
+def _own(tensor: torch.Tensor, paths: Sequence[Path]) -> Sequence[torch.Tensor]:
+    """(heads, own, head_dim) of each path, of (heads, tokens, head_dim)."""
+    return tensor.split([path.own for path in paths], 1)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -156,23 +160,27 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _taken(tensor: torch.Tensor, path: Path, heads: int) -> torch.Tensor:
-    """(heads, tokens, head_dim) of keys or values of a path, each head for its queries'."""
-    parts = [tensor[:, start:stop] for start, stop in path.ranges]
-    taken = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    return taken if len(taken) == heads else taken.repeat_interleave(heads // len(taken), 0)
+def _seen(tensor: torch.Tensor, paths: Sequence[Path], heads: int) -> Iterator[torch.Tensor]:
+    """Keys or values that each path looks at, one by one: (heads, seen, head_dim), each head for
+    its queries'."""
+    repeats = heads // tensor.shape[0]
+    for path in paths:
+        parts = [tensor[:, start:stop] for start, stop in path.ranges]
+        seen = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        yield seen if repeats == 1 else seen.repeat_interleave(repeats, 0)
 
 
 def _longest_kept(query: torch.Tensor, key: torch.Tensor) -> int:
     """Tokens of a document whose probabilities are as many as its queries, keys and values."""
-    return query.shape[2] * (len(query) + 2 * len(key)) // len(query)
+    heads, _, width = query.shape
+    return width * (heads + 2 * key.shape[0]) // heads
 
 
 def _hides(query: torch.Tensor, paths: Sequence[Path]) -> torch.Tensor:
     """(queries, keys) of the largest block, what is added to scores: none sees a later key."""
     longest = max(sum(stop - start for start, stop in path.ranges) for path in paths)
-    hides = query.new_full((min(_QUERIES, longest), longest), -torch.inf)
-    return hides.triu_(1 + longest - len(hides))
+    queries = min(_QUERIES, longest)
+    return query.new_full((queries, longest), -torch.inf).triu_(1 + longest - queries)
 
 
 def _blocks(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, int]]:
@@ -193,7 +201,8 @@ def _probabilities(
     q: torch.Tensor, k: torch.Tensor, hides: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """(heads, queries, keys) of a block and all the keys that its last query sees."""
-    hidden = hides[len(hides) - q.shape[1] :, hides.shape[1] - k.shape[1] :]
+    queries, keys = hides.shape
+    hidden = hides[queries - q.shape[1] :, keys - k.shape[1] :]
     return torch.softmax(torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=scaling), -1)
 
 
@@ -206,7 +215,7 @@ def _sum(part: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
 
 
 def _gradient_of(tensor: torch.Tensor, alone: bool) -> torch.Tensor:
-    """Room for it: sums where documents look at each other."""
+    """Room for it: sums, in a wide type, where documents look at each other."""
     heads, tokens, width = tensor.shape
     if alone:
         return tensor.new_empty(tokens, heads, width).transpose(0, 1)
@@ -216,8 +225,9 @@ def _gradient_of(tensor: torch.Tensor, alone: bool) -> torch.Tensor:
 
 def _give(total: torch.Tensor, part: torch.Tensor, path: Path, alone: bool) -> None:
     """A document's gradient of keys or values to the tokens it looks at."""
-    if len(part) != len(total):
-        part = part.unflatten(0, (len(total), -1)).sum(1)
+    heads = total.shape[0]
+    if part.shape[0] != heads:
+        part = part.unflatten(0, (heads, -1)).sum(1)
     begin = 0
     for start, stop in path.ranges:
         there, here = total[:, start:stop], part[:, begin : begin + stop - start]

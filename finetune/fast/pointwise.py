@@ -87,11 +87,9 @@ class _Rotation(torch.autograd.Function):
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
     half = x.shape[-1] // 2
-    cos, sin = cos[..., :half].unsqueeze(1), sin[..., :half].unsqueeze(1)
-    first, second = x[..., :half], x[..., half:]
-    result = torch.empty_like(x, dtype=torch.promote_types(x.dtype, cos.dtype))
-    torch.mul(first, cos, out=result[..., :half]).addcmul_(second, sin, value=-sign)
-    torch.mul(second, cos, out=result[..., half:]).addcmul_(first, sin, value=sign)
+    result, sin = x * cos.unsqueeze(1), sin[..., :half].unsqueeze(1)
+    result[..., :half].addcmul_(x[..., half:], sin, value=-sign)
+    result[..., half:].addcmul_(x[..., :half], sin, value=sign)
     return result
 
 

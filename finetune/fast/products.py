@@ -8,8 +8,13 @@ order; float32 stays float32. torch has no switch for it, but a function that it
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
+
+from finetune import KERNELS_BY_CHOICE
+
+_SMALL_KERNELS = 128  # those of five sizes of rows
 
 
 @functools.cache
@@ -35,6 +40,13 @@ def makes_kernels(wanted: bool, dtype: torch.dtype) -> bool:
         there = torch.backends.mkldnn.is_available()
         return wanted and there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return wanted and dtype == torch.float32 and onednn_is_faster()
+
+
+def keep_small_kernels() -> None:
+    """Keeps the kernels of more sizes, for bfloat16 products: theirs are small, where those of
+    float32 have room for a weight each. Call it before the first product: oneDNN looks once."""
+    if not KERNELS_BY_CHOICE:
+        os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = str(_SMALL_KERNELS)
 
 
 def times(x: torch.Tensor, weight: torch.Tensor, onednn: bool = False) -> torch.Tensor:

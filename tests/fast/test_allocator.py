@@ -77,20 +77,57 @@ print(products(range(100, 500)) - before)
 """
 
 
-@pytest.mark.skipif(
+needs_bfloat16 = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc" or not torch.cpu._is_avx512_bf16_supported(),
     reason="the C library is not glibc, or the CPU has no bfloat16 units",
 )
+
+
+@needs_bfloat16
 def test_shapes_of_bfloat16_products_are_forgotten():
     """400 shapes: without the limits of `finetune.__init__` all of them are kept."""
-    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-    plain = {k: v for k, v in os.environ.items() if k not in names}
+    assert float(said_by(SHAPES, "ours")) < 100 < float(said_by(SHAPES, "torch's"))
 
-    def mib(how: str) -> float:
-        command = [sys.executable, "-c", SHAPES, how]
-        done = subprocess.run(
-            command, cwd=ROOT, check=True, capture_output=True, text=True, env=plain
-        )
-        return float(done.stdout)
 
-    assert mib("ours") < 100 < mib("torch's")
+NAMES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+
+
+def said_by(script: str, *words: str, **settings: str) -> str:
+    plain = {k: v for k, v in os.environ.items() if k not in NAMES}
+    command = [sys.executable, "-c", script, *words]
+    done = subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True, env=plain | settings
+    )
+    return done.stdout
+
+
+KERNELS = """
+import sys
+import torch
+from finetune.fast.products import keep_small_kernels
+if sys.argv[1] == "kept":
+    keep_small_kernels()
+weight = torch.randn(64, 64, dtype=torch.bfloat16)
+for _ in range(2):  # the second time over, what was kept is not made again
+    print("round", flush=True)
+    for size in range(2, 102):
+        torch.randn(size, 64, dtype=torch.bfloat16) @ weight
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "settings", "is_kept"),
+    [
+        ("kept", {}, True),
+        ("not", {}, False),
+        ("kept", {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "48"}, False),
+    ],
+    ids=["kept", "not", "chosen by the user"],
+)
+@needs_bfloat16
+def test_bfloat16_keeps_the_kernels_of_more_sizes(how, settings, is_kept):
+    """oneDNN says itself which kernels it makes."""
+    said = said_by(KERNELS, how, ONEDNN_VERBOSE="profile_create", **settings)
+    first, second = (part.count("create:cache_miss") for part in said.split("round")[1:])
+    assert first >= 100
+    assert second == 0 if is_kept else second >= 100
