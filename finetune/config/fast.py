@@ -12,8 +12,9 @@ class FastSection(Section):
     rounding, not to the bit. Evaluation, merge and export never use them, except for attention."""
 
     attention: bool = True
-    """Attention within each packed document, without a mask over the row; false: torch's attention
-    with a dense mask."""
+    """Attention within each packed document, without a mask over the row; on a GPU all of them in
+    one call of torch's FlashAttention, tried on the first row. false: torch's attention with a
+    dense mask."""
 
     lora: bool = True
     """Base and adapter of a projection as one function, in the type of the base (A, B and their

@@ -8,6 +8,7 @@ done between documents, and a leak is impossible by construction. Without `docum
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from finetune.fast.beginnings import Tree
-from finetune.fast.cpu_attention import LONGEST, attend, paths_of
+from finetune.fast import gpu_attention
+from finetune.fast.beginnings import Tree, paths_of
+from finetune.fast.cpu_attention import LONGEST, attend
 from finetune.fast.place import on_cpu
 
 DOCUMENT_ATTENTION = "plumbtune_documents"
@@ -59,13 +61,12 @@ def document_attention(
     assert query.shape[0] == 1, "packed documents lie in one row"
     if tree is None:
         assert sum(document_lengths) == key.shape[2], "document_lengths do not fill the row"
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if _goes_as_products(query, document_lengths, dropout):
         paths = paths_of(document_lengths, tree)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend(query.squeeze(0), key.squeeze(0), value.squeeze(0), paths, scale).unsqueeze(
-            0
-        ), None
-    grouped, dtype = key.shape[1] != query.shape[1], query.dtype
+        q, k, v = (tensor.squeeze(0) for tensor in (query, key, value))
+        return attend(q, k, v, paths, scale).unsqueeze(0), None
+    dtype = query.dtype
     if on_cpu(query) and dtype != torch.float64:
         # torch's CPU kernel is several times slower in bfloat16 than in float32 on short
         # documents, and less exact.
@@ -73,28 +74,51 @@ def document_attention(
     elif dtype != value.dtype:  # under autocast the rotation leaves float32
         dtype = value.dtype
         query, key = query.to(dtype), key.to(dtype)
+    one_by_one = functools.partial(
+        _one_by_one, lengths=list(document_lengths), tree=tree, dropout=dropout, scale=scale
+    )
+    with torch.autocast(query.device.type, enabled=False):
+        if torch.is_grad_enabled() and gpu_attention.can_attend(query, dropout):
+            paths = paths_of(document_lengths, tree)
+            together = functools.partial(gpu_attention.attend, paths=paths, scaling=scale)
+            gpu_attention.prove_once(together, one_by_one, (query, key, value), paths)
+            return together(query, key, value).to(dtype), None
+        return one_by_one(query, key, value).to(dtype), None
+
+
+def _one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    lengths: list[int],
+    tree: Tree | None,
+    dropout: float,
+    scale: float,
+) -> torch.Tensor:
+    """By torch's kernel, a call for each document."""
+    grouped = key.shape[1] != query.shape[1]
     if tree is None:
-        documents = _whole_documents(query, key, value, list(document_lengths))
+        documents = _whole_documents(query, key, value, lengths)
     else:
         documents = _documents_of(query, key, value, tree)
-    with torch.autocast(query.device.type, enabled=False):
-        parts = [
-            F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
-            for q, k, v, mask in documents
-        ]
+    parts = [
+        F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=grouped,
+        )
+        for q, k, v, mask in documents
+    ]
     rows = [part.transpose(1, 2) for part in parts]  # as the kernel has them in memory
     if tree is not None:  # a document's own nodes are its last ones
         rows = [row[:, -b.own :] for row, b in zip(rows, tree.branches, strict=True)]
-    return torch.cat(rows, dim=1).to(dtype), None
+    return torch.cat(rows, dim=1)
 
 
 def _goes_as_products(query: torch.Tensor, lengths: Sequence[int], dropout: float) -> bool:

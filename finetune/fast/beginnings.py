@@ -135,6 +135,43 @@ def _pieces(
     return [end - start for start, end in itertools.pairwise(starts)], branches
 
 
+@dataclass(frozen=True)
+class Path:
+    """What a document looks at.
+
+    Attributes:
+        ranges: of the row's tokens, from the document's beginning to its end.
+        own: how many of them, the last ones, are its own: these ask.
+    """
+
+    ranges: list[tuple[int, int]]
+    own: int
+
+
+def paths_of(lengths: Sequence[int], tree: Tree | None) -> list[Path]:
+    """Of a row's documents end to end, or of the branches of a tree."""
+    if tree is None:
+        edges = itertools.pairwise(itertools.accumulate(lengths, initial=0))
+        return [Path([edge], edge[1] - edge[0]) for edge in edges]
+    pieces = list(itertools.pairwise(itertools.accumulate(tree.pieces, initial=0)))
+    return [Path(_joined([pieces[n] for n in b.pieces]), b.own) for b in tree.branches]
+
+
+def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    found = [ranges[0]]
+    for start, stop in ranges[1:]:
+        if found[-1][1] == start:
+            found[-1] = (found[-1][0], stop)
+        else:
+            found.append((start, stop))
+    return found
+
+
+def are_alone(paths: Sequence[Path]) -> bool:
+    """Whether no document looks at another's tokens."""
+    return all(len(p.ranges) == 1 and p.ranges[0][1] - p.ranges[0][0] == p.own for p in paths)
+
+
 def draws_dropout(module: torch.nn.Module) -> bool:
     """Whether random numbers are drawn: for fewer tokens they would be others."""
     for part in module.modules():

@@ -16,48 +16,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from finetune.fast.beginnings import Tree
+from finetune.fast.beginnings import Path, are_alone
 
 LONGEST = 1024  # tokens; torch's kernel is as fast there, and faster from 2,048
 _QUERIES = 96  # at once
-
-
-@dataclass(frozen=True)
-class Path:
-    """What a document looks at.
-
-    Attributes:
-        ranges: of the row's tokens, from the document's beginning to its end.
-        own: how many of them, the last ones, are its own: these ask.
-    """
-
-    ranges: list[tuple[int, int]]
-    own: int
-
-
-def paths_of(lengths: Sequence[int], tree: Tree | None) -> list[Path]:
-    """Of a row's documents end to end, or of the branches of a tree."""
-    if tree is None:
-        edges = itertools.pairwise(itertools.accumulate(lengths, initial=0))
-        return [Path([edge], edge[1] - edge[0]) for edge in edges]
-    pieces = list(itertools.pairwise(itertools.accumulate(tree.pieces, initial=0)))
-    return [Path(_joined([pieces[n] for n in b.pieces]), b.own) for b in tree.branches]
-
-
-def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    found = [ranges[0]]
-    for start, stop in ranges[1:]:
-        if found[-1][1] == start:
-            found[-1] = (found[-1][0], stop)
-        else:
-            found.append((start, stop))
-    return found
 
 
 def attend(
@@ -116,7 +83,7 @@ class _Documents(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
         heads, paths, scaling = query.shape[0], ctx.paths, ctx.scaling
-        alone = _are_alone(paths)
+        alone = are_alone(paths)
         probabilities, short = iter(kept), _longest_kept(query, key)
         dquery = torch.empty_like(grad, dtype=query.dtype).transpose(0, 1)
         dkey, dvalue = (_gradient_of(t, alone) for t in (key, value))
@@ -143,11 +110,6 @@ class _Documents(torch.autograd.Function):
                 _give(dkey, dk.mul_(scaling), path, alone)
                 _give(dvalue, dv, path, alone)
         return dquery, dkey.to(types[0]), dvalue.to(types[1]), None, None
-
-
-def _are_alone(paths: Sequence[Path]) -> bool:
-    """Whether no document looks at another's tokens."""
-    return all(len(p.ranges) == 1 and p.ranges[0][1] - p.ranges[0][0] == p.own for p in paths)
 
 
 def _own(tensor: torch.Tensor, paths: Sequence[Path]) -> Sequence[torch.Tensor]:

@@ -8,8 +8,8 @@ from tolerances import FAST_BFLOAT16, FAST_FLOAT32, FAST_FLOAT64
 
 from finetune.fast import attention, cpu_attention
 from finetune.fast.attention import document_attention
-from finetune.fast.beginnings import tree_of
-from finetune.fast.cpu_attention import LONGEST, Path, attend, paths_of
+from finetune.fast.beginnings import Path, paths_of, tree_of
+from finetune.fast.cpu_attention import LONGEST, attend
 from finetune.fast.place import as_on_gpu
 
 WIDTH = 8
