@@ -40,8 +40,8 @@ MUTATIONS = {
     ),
     "packed documents see each other": (
         "finetune/fast/attention.py",
-        "_whole_documents(query, key, value, list(document_lengths))",
-        "_whole_documents(query, key, value, [sum(document_lengths)])",
+        "_whole_documents(query, key, value, lengths)",
+        "_whole_documents(query, key, value, [sum(lengths)])",
         "tests/fast/test_attention.py",
     ),
     "merge scaled by another factor": (
