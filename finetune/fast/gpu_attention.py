@@ -4,7 +4,8 @@ torch's `varlen_attn` (FlashAttention-2, arXiv 2307.08691) takes documents end t
 each begins; queries that are fewer than the keys are the last of them. It needs no package.
 
 It has been tried against what torch documents of it, not yet on a GPU. So for the first row of a
-process it is compared with its twin, values and gradients, and nothing trains where they differ.
+process, and the first whose documents look at each other, it is compared with its twin, values and
+gradients, and nothing trains where they differ.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ _proved: set[tuple[object, ...]] = set()
 def prove_once(
     ours: Attention, twin: Attention, inputs: Sequence[torch.Tensor], paths: Sequence[Path]
 ) -> None:
-    """Compares values and gradients, the first time that such heads come by in this process.
+    """Compares values and gradients, the first time that such a row comes by in this process.
 
     On random numbers, where all are of a size; those of a model may be too small to tell.
 
@@ -123,7 +124,8 @@ def prove_once(
         CannotContinue: they differ by more than rounding does.
     """
     query, key, _ = inputs
-    kind = (query.dtype, query.device, query.shape[1], key.shape[1], query.shape[-1])
+    heads = (query.shape[1], key.shape[1], query.shape[-1])
+    kind = (query.dtype, query.device, *heads, are_alone(paths))
     if kind in _proved or all(stop - start == 1 for p in paths for start, stop in p.ranges):
         return
     generator = torch.Generator(query.device).manual_seed(0)

@@ -193,6 +193,35 @@ def test_nothing_trains_by_a_kernel_that_differs(kernel, wrong, what):
         document_attention(None, *inputs, None, document_lengths=[5, 1, 14])
 
 
+def test_a_row_that_looks_back_is_tried_by_itself(kernel):
+    """The first row, whose documents stand alone, says nothing of queries fewer than the keys."""
+
+    def counts_from_the_first_key(query, key, value, cu_q, cu_k, *args, **kwargs):
+        if torch.equal(cu_q, cu_k):
+            return double(query, key, value, cu_q, cu_k, *args, **kwargs)
+        results = []
+        edges = zip(itertools.pairwise(cu_q.tolist()), cu_k.tolist(), strict=False)
+        for (first, last), begin in edges:
+            q, k, v = (
+                t[at : at + last - first].transpose(0, 1)
+                for t, at in ((query, first), (key, begin), (value, begin))
+            )
+            part = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=kwargs["scale"]
+            )
+            results.append(part.transpose(0, 1))
+        return torch.cat(results)
+
+    kernel["kernel"] = counts_from_the_first_key
+    lengths = [len(row) for row in ROW]
+    tree = tree_of(torch.tensor([list(itertools.chain(*ROW))]), lengths)
+    document_attention(None, *qkv(4, 4, sum(lengths)), None, document_lengths=lengths)
+    with pytest.raises(CannotContinue, match="values by"):
+        document_attention(
+            None, *qkv(4, 4, len(tree.rows)), None, document_lengths=lengths, tree=tree
+        )
+
+
 def test_a_kernel_is_tried_once_for_each_kind_of_heads(kernel):
     for heads, kv_heads in [(4, 4), (4, 4), (4, 2), (4, 4)]:
         document_attention(None, *qkv(heads, kv_heads), None, document_lengths=[5, 15])
