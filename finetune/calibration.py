@@ -12,18 +12,20 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from finetune.config import RunConfig
 from finetune.fast.allocator import keep_freed_memory
+from finetune.fast.loss import to_device
 from finetune.footprint import FIRST, LAST, MIDDLE, build_layer, head_pass, layer_pass, layout_of
 from finetune.llama.architecture import Architecture
 from finetune.workload import MicroBatch
 
-_FLOPS_AT_ONCE = 2e11  # of a timed pass: about a second on two cores
+# Of a timed pass: about a second on two cores; on a GPU enough that starting kernels is not it.
+_FLOPS_AT_ONCE, _ON_GPU = 2e11, 1e14
 _REPEATS, _ENOUGH_SECONDS = (3, 9), 2.0  # at least and at most; as many as there is time for
 
 
@@ -61,10 +63,13 @@ def measure(
         keep_freed_memory()  # as `train` does
     counts = arch.num_parameters()
     per_token = 4 * (counts.attention + counts.mlp) / arch.n_layers
-    chosen = batch.first(max(int(_FLOPS_AT_ONCE / per_token), 16))
+    at_once = _FLOPS_AT_ONCE if device == "cpu" else _ON_GPU
+    chosen = batch.first(max(int(at_once / per_token), 16))
+    if chosen.row is not None:
+        chosen = replace(chosen, row=to_device(chosen.row, torch.device(device)))
     with torch.device(device):
         layers = _timed_layers(config, arch, chosen, device) * batch.tokens / chosen.tokens
-        few = max(min(batch.supervised, int(_FLOPS_AT_ONCE / (4 * arch.dim * arch.vocab_size))), 1)
+        few = max(min(batch.supervised, int(at_once / (4 * arch.dim * arch.vocab_size))), 1)
         scored = head_pass(config, arch, few, device)
         head = _timed(lambda: scored().sum().backward()) * batch.supervised / few
         update = _timed_update(num_trained)

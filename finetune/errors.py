@@ -73,11 +73,20 @@ def is_of_the_system(error: BaseException | None) -> bool:
     return isinstance(error, OSError) or quotes
 
 
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out.
 
-    torch has a class of its own for GPUs, and none for CPUs; it is not imported for this."""
-    is_torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    torch has a class of its own for a GPU's allocator, none for CPUs nor for what libraries ask of
+    a GPU (cuBLAS, pinned memory); it is not imported for this."""
+    is_torchs = type(error).__name__ == "OutOfMemoryError"
+    is_torchs = is_torchs or any(said in str(error) for said in _OUT_OF_MEMORY)
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_torchs)
 
 

@@ -41,10 +41,12 @@ class Footprint:
 
     Attributes:
         kept: alive between its forward and its backward pass, its output included.
+        kept_pinned: the same in memory that is pinned, where torch takes powers of two.
         peak: the most at once during both, its input not included.
     """
 
     kept: int
+    kept_pinned: int
     peak: int
 
 
@@ -82,7 +84,7 @@ def head_footprint(
     config: RunConfig, arch: Architecture, supervised: int, device: str = "cpu"
 ) -> Footprint:
     """Of the head and the loss on a micro-batch's supervised tokens."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu(device == "cuda"):
         return _counted(head_pass(config, arch, supervised, device))
 
 
@@ -209,9 +211,9 @@ def _fill(layer: torch.nn.Module) -> None:
 def _counted(run: Callable[[], torch.Tensor]) -> Footprint:
     with LiveBytes() as live:
         output = run()
-        kept = live.now
+        kept, kept_pinned = live.now, live.pinned()
         output.sum().backward()
-        return Footprint(kept, live.peak)
+        return Footprint(kept, kept_pinned, live.peak)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -230,6 +232,10 @@ class LiveBytes(TorchDispatchMode):
                 self._add(leaf.untyped_storage())
         return result
 
+    def pinned(self) -> int:
+        """What they would take in pinned memory."""
+        return sum(pinned(storage.nbytes()) for storage in self._known)
+
     def _add(self, storage: Any) -> None:
         if storage in self._known:
             return
@@ -241,6 +247,11 @@ class LiveBytes(TorchDispatchMode):
 
     def _remove(self, size: int) -> None:
         self.now -= size
+
+
+def pinned(size: int) -> int:
+    """Bytes of a block of pinned memory that holds so many (torch's CachingHostAllocator)."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def _held(leaf: Any) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from finetune.errors import CannotContinue, InputError
-from finetune.fast.loss import Packed, pack
+from finetune.fast.loss import pack, to_device
 from finetune.fast.scores import token_scores
 from finetune.prepared import Document
 
@@ -105,16 +105,6 @@ class HeldoutLoss:
             "tokens": self.num_tokens,
             "rows": len(self.rows),
         }
-
-
-def to_device(packed: Packed, device: torch.device) -> Packed:
-    """Moves the tensors of a packed row."""
-    return Packed(
-        packed.input_ids.to(device),
-        packed.position_ids.to(device),
-        packed.labels.to(device),
-        packed.document_lengths,
-    )
 
 
 @contextlib.contextmanager

@@ -320,7 +320,7 @@ def quantization_config(section: BaseSection) -> BitsAndBytesConfig:
 def untrained_ids(model: LlamaForCausalLM, ids: list[int]) -> list[int]:
     """Which of `ids` have an embedding row that training never touched: far smaller than usual."""
     rows = model.get_input_embeddings().weight.detach()
-    norms = rows.float().norm(dim=1)
+    norms = rows.float().norm(dim=1).cpu()  # a GPU would be waited for at every id
     limit = 0.01 * norms.median()
     return [token for token in ids if norms[token] < limit]
 

@@ -111,7 +111,7 @@ def _alive(config: RunConfig, budget: Budget, work: Workload, cluster: Cluster) 
     Gradients of what trains are counted by themselves. All weights of one micro-batch have theirs
     only as its activations go, so that at the beginning they are not there yet.
     """
-    from finetune.footprint import head_footprint, layer_footprints
+    from finetune.footprint import head_footprint, layer_footprints, pinned
 
     arch, kind = budget.architecture, cluster.device.kind
     vectors = config.adapter.num_virtual_tokens if config.adapter.method in SOFT_PROMPTS else 0
@@ -120,23 +120,26 @@ def _alive(config: RunConfig, budget: Budget, work: Workload, cluster: Cluster) 
     tokens = work.largest.tokens + vectors * len(work.largest.lengths)
     width = tokens * arch.dim * int(BYTES[config.base.dtype])
     recomputed = config.train.activation_checkpointing
-    kept, of_last = (width, width) if recomputed else (layers.middle.kept, layers.last.kept)
-    offloads = config.train.activation_offloading
-    waiting = (arch.n_layers - 1) * kept
-    here = 0 if offloads else waiting
+    middle, last = layers.middle, layers.last
+    kept, of_last = (width, width) if recomputed else (middle.kept, last.kept)
+    away, last_away = (
+        (pinned(width), pinned(width)) if recomputed else (middle.kept_pinned, last.kept_pinned)
+    )
+    offloads, others = config.train.activation_offloading, arch.n_layers - 1
+    here = 0 if offloads else others * kept
     # the backward pass of the last layer, or of the one before it
-    in_layers = width + max(here + layers.last.peak, max(here - kept, 0) + layers.middle.peak)
+    in_layers = width + max(here + last.peak, max(here - kept, 0) + middle.peak)
     at_head = width + here + (0 if offloads else of_last) + head.peak
     if config.adapter.method == "none" and work.micro_batches == cluster.count == 1:
         heads = budget.parameters.head or budget.parameters.embedding
         of_head = heads * int(BYTES[config.base.dtype])
-        in_layers = max(in_layers + of_head - budget.gradients, width + layers.middle.peak)
+        in_layers = max(in_layers + of_head - budget.gradients, width + middle.peak)
         at_head -= budget.gradients
     return _Alive(
         activations=in_layers,
         logits=max(at_head - in_layers, 0),
-        layer=layers.middle.peak,
-        offloaded=waiting + of_last if offloads else 0,
+        layer=middle.peak,
+        offloaded=others * away + last_away if offloads else 0,
     )
 
 

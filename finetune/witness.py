@@ -18,8 +18,8 @@ from safetensors.torch import save
 
 from finetune import artifact
 from finetune.errors import CheckFailed
-from finetune.fast.loss import pack, rows_for, supervised_logits
-from finetune.heldout import evaluating, to_device
+from finetune.fast.loss import pack, rows_for, supervised_logits, to_device
+from finetune.heldout import evaluating
 from finetune.llama.weight_files import tensors_in
 from finetune.prepared import Document
 

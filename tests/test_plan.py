@@ -5,24 +5,30 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
+from dataclasses import replace
 
 import pytest
+import torch
 from small_runs import trainer_of
 
 from finetune.__main__ import main
 from finetune.budget import architecture_of_base, budget_of
+from finetune.calibration import measure
 from finetune.config.loader import load
 from finetune.devices import DEVICES, GIB, Cluster, Device
 from finetune.errors import InputError
-from finetune.fast import attention, blocks, products
-from finetune.fast.loss import token_losses
+from finetune.fast import attention, blocks, loss, products
+from finetune.fast.head import _ON_GPU, LEAST_ROWS, NUM_LOGITS
+from finetune.fast.loss import pack, token_losses
 from finetune.footprint import (
     FIRST,
     LAST,
     build_layer,
+    head_footprint,
     layer_footprints,
     layer_pass,
     layout_of,
+    pinned,
 )
 from finetune.llama.architecture import PRESETS, to_llama_config
 from finetune.plan import lines, plan_of
@@ -239,14 +245,44 @@ def test_offloaded_activations_are_the_computers(config, recomputed):
     layers = layer_footprints(here.config, arch, work, "cuda")
     middle, last = layers.middle, layers.last
     width = 2 * work.tokens * arch.dim  # bytes
-    kept, of_last = (width, width) if recomputed == "true" else (middle.kept, last.kept)
-    assert away.offloaded_bytes == 31 * kept + of_last
+    kept = width if recomputed == "true" else middle.kept
+    if recomputed == "true":
+        assert away.offloaded_bytes == 32 * pinned(width)
+    else:  # each tensor by itself
+        assert away.offloaded_bytes == 31 * middle.kept_pinned + last.kept_pinned
+        assert kept <= middle.kept_pinned < 2 * kept
     # one layer is being worked on, the last or the one before it
     assert moved == max(31 * kept + last.peak, 30 * kept + middle.peak) - max(
         last.peak, middle.peak
     )
     assert here.offloaded_bytes == 0
     assert any("wait in the computer's memory" in line for line in lines(away))
+
+
+@pytest.mark.parametrize(
+    ("size", "block"),
+    [(0, 0), (1, 1), (2, 2), (3, 4), (1 << 24, 1 << 24), ((1 << 24) + 1, 1 << 25)],
+)
+def test_pinned_memory_comes_in_powers_of_two(size, block):
+    assert pinned(size) == block
+
+
+def test_the_head_of_a_gpu_holds_more_logits_at_once(config):
+    planned = config("llama3.1-8b", "base.dtype=bfloat16")
+    arch = PRESETS["llama3.1-8b"]
+    cpu, gpu = (head_footprint(planned, arch, 4096, kind) for kind in ("cpu", "cuda"))
+    assert gpu.peak - cpu.peak > 4 * (_ON_GPU - max(NUM_LOGITS, 4096 * LEAST_ROWS)) / 1.1
+    assert gpu.peak < 4 * 4096 * arch.vocab_size / 4  # of all logits
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_times_rows_that_share_their_beginnings(bench):
+    config = bench.load("base.dtype=bfloat16").config
+    work = workload_of(config, 1)
+    row = pack([([3, 4, 5, 6, n, n + 1], [True] * 6) for n in range(7, 27)])
+    batch = replace(work.usual, lengths=row.document_lengths, supervised=100, row=row)
+    seconds = measure(config, architecture_of_base(config), batch, 1000, "cuda")
+    assert seconds.layers > 0
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "vera", "ia3", "oft", "none", "prompt_tuning"])
@@ -299,6 +335,8 @@ def test_layers_are_planned_on_what_they_compute(bench, monkeypatch, settings, f
     """Rows that reach the query and the output projection: of a run's layers and of the plan's."""
     monkeypatch.setattr(products, "onednn_is_faster", lambda: few_sizes)
     monkeypatch.setattr(blocks, "LEAST_SAVED", 0)
+    if not few_sizes:
+        monkeypatch.setattr(loss, "LEAST_SHARED", 0)
     loaded = bench.load(*settings, "adapter.target_modules=[q_proj, o_proj]")
     config, trainer = loaded.config, trainer_of(loaded)
     work = workload_of(config, 1)

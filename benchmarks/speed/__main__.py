@@ -96,11 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.only = those_at_hand(args.only, args.peers)
     folder = args.folder.resolve()
     make(folder, SIZES[args.size])
-    runs = []
-    for dtype in args.dtype:
-        for allocator in args.allocator:
-            found = _interleaved(folder, args, dtype, ALLOCATORS[allocator])
-            runs.append({"dtype": dtype, "allocator": allocator, **found})
+    runs: list[dict[str, Any]] = []
     result = {
         "date": today(),
         "size": args.size,
@@ -108,10 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "warm": WARM,
         "runs": runs,
     }
-    if args.json:
-        artifact.write_json(args.json.resolve(), result)
+    for dtype in args.dtype:
+        for allocator in args.allocator:
+            found = _interleaved(folder, args, dtype, ALLOCATORS[allocator])
+            runs.append({"dtype": dtype, "allocator": allocator, **found})
+            if args.json:
+                artifact.write_json(args.json.resolve(), result)
     print("\n\n".join(table.lines(run, WARM) for run in runs))
-    return 0
+    return 1 if any(run["failed"] for run in runs) else 0
 
 
 def those_at_hand(names: Sequence[str], peers: Path) -> list[str]:
@@ -126,13 +126,17 @@ def those_at_hand(names: Sequence[str], peers: Path) -> list[str]:
 def _interleaved(
     folder: Path, args: argparse.Namespace, dtype: str, environment: dict[str, str]
 ) -> dict[str, Any]:
-    """Every contender once a round; what each process noted, by contender."""
+    """Every contender once a round; what each process noted, by contender. One that fails, for want
+    of memory say, is left out from there on, which is said."""
     chosen = [name for name in args.only if dtype in CONTENDERS[name].dtypes]
     notes: dict[str, list[Any]] = {name: [] for name in chosen}
+    failed: dict[str, int] = {}
     gflops = []
     for number in range(args.rounds):
         gflops.append(_roofline(dtype, environment))
         for name in reversed(chosen) if number % 2 else chosen:  # a machine slows and speeds up
+            if name in failed:
+                continue
             contender = CONTENDERS[name]
             result = folder / f"{name.replace(' ', '-')}.json"
             command = [
@@ -143,10 +147,17 @@ def _interleaved(
             command += ["--folder", str(folder), "--dtype", dtype, "--steps", str(args.steps)]
             command += ["--result", str(result)]
             command += ["--size", args.size] if contender.module == "ours" else []
-            _run([*command, *contender.arguments], environment, result.with_suffix(".log"))
+            log = result.with_suffix(".log")
+            code = _run([*command, *contender.arguments], environment, log)
+            if code != 0:
+                failed[name] = code
+                del notes[name]
+                print(f"{dtype} {name}: failed with {code}, left out: {log}", file=sys.stderr)
+                continue
             notes[name].append(json.loads(result.read_text(encoding="utf-8")))
             print(f"{dtype} round {number + 1} {name}: done", file=sys.stderr)
-    return {"gflops": gflops, "useful_flops": _useful(folder, args), "notes": notes}
+    useful = _useful(folder, args)
+    return {"gflops": gflops, "useful_flops": useful, "notes": notes, "failed": failed}
 
 
 def _interpreter(name: str, peers: Path) -> Path:
@@ -184,16 +195,12 @@ def _roofline(dtype: str, environment: dict[str, str]) -> float:
     return float(json.loads(answer.stdout)["gflops"])
 
 
-def _run(command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+def _run(command: Sequence[str], environment: dict[str, str], log: Path) -> int:
     with log.open("w", encoding="utf-8") as output:
-        subprocess.run(
-            command,
-            env=os.environ | environment,
-            cwd=ROOT,
-            check=True,
-            stdout=output,
-            stderr=output,
+        answer = subprocess.run(
+            command, env=os.environ | environment, cwd=ROOT, stdout=output, stderr=output
         )
+    return answer.returncode
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ _COLUMNS = (
     *("", "step, s", "min–max", "tokens/s", "supervised/s", "of TRL packed", "of the roofline"),
     *("memory, MiB", "loss, largest difference"),
 )
+_OTHER_WEIGHTS = ("ours in nf4",)  # whose loss is that of another model
 
 
 def lines(run: dict[str, Any], warm: int) -> str:
@@ -22,7 +23,9 @@ def lines(run: dict[str, Any], warm: int) -> str:
     head = f"{run['dtype']}, allocator: {run['allocator']}; matrix product {gflops:.0f} GFLOP/s"
     rates = {name: _rate(run, name, warm) for name in run["notes"]}
     rows = [_row(run, name, warm, rates, gflops) for name in run["notes"]]
-    return "\n".join([head, "", *(f"| {' | '.join(cells)} |" for cells in _ruled(rows))])
+    failed = [f"{name}: failed with {code}" for name, code in run.get("failed", {}).items()]
+    table = [f"| {' | '.join(cells)} |" for cells in _ruled(rows)]
+    return "\n".join([head, "", *table, *([""] if failed else []), *failed])
 
 
 def _ruled(rows: list[list[str]]) -> list[list[str]]:
@@ -83,7 +86,7 @@ def _loss_difference(run: dict[str, Any], name: str) -> str:
     """From TRL's losses on the same packs, relative, the largest of all steps."""
     notes, reference = run["notes"][name][0], run["notes"].get("trl packed")
     has_same = _counts(run, name, "tokens") == [step["tokens"] for step in run["useful_flops"]]
-    if reference is None or name == "trl packed" or not has_same:
+    if reference is None or name in ("trl packed", *_OTHER_WEIGHTS) or not has_same:
         return ""
     pairs = zip(notes["losses"], reference[0]["losses"], strict=True)
     return f"{max(abs(a - b) / b for a, b in pairs):.1e}"

@@ -56,7 +56,7 @@ SIZES = {
     "tiny": Size({**_58M, "dim": 64, "n_layers": 2, "intermediate_size": 176}, 128, 2, 64, 4),
     "58m": Size({**_58M, "intermediate_size": 1376}, 512, 2, 256),
     "58m-system": Size({**_58M, "intermediate_size": 1376}, 512, 2, 256, system=_SYSTEM),
-    # One GPU: --dtype bfloat16 --allocator glibc --steps 23 --only ours "ours in nf4" "trl packed"
+    # One GPU of 80 GB: benchmarks/README.md has the whole command
     "8b": Size("llama3.1-8b", 4096, 1, 900),
     "8b-2048": Size("llama3.1-8b", 2048, 2, 900),
 }

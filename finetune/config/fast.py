@@ -13,7 +13,7 @@ class FastSection(Section):
 
     attention: bool = True
     """Attention within each packed document, without a mask over the row; on a GPU all of them in
-    one call of torch's FlashAttention, tried on the first row. false: torch's attention with a
+    one call of torch's FlashAttention, tried on the first rows. false: torch's attention with a
     dense mask."""
 
     lora: bool = True
@@ -24,17 +24,16 @@ class FastSection(Section):
     products: bool = True
     """Where a CPU has AVX-512 and is not Intel's, the float32 products of `lora` and `loss` by
     oneDNN, which uses it; false: by MKL, which does not, as torch has them. Where products are
-    oneDNN's, bfloat16 included, rows are filled up to a multiple of 16 tokens, and `beginnings`
-    and `last_layer` wait until they save more than its kernels for new sizes cost; false: neither.
-    """
+    oneDNN's, bfloat16 included, rows are filled up to a multiple of 16 tokens, and `last_layer`
+    waits until it saves more than its kernels for new sizes cost; false: neither."""
 
     pointwise: bool = True
     """RMSNorm, rotary embedding and SwiGLU as one function each; false: transformers' own."""
 
     beginnings: bool = True
     """What documents of a row have in common at their beginning (a template, a system message, a
-    question with several answers) is computed once; false: for each document. Not where dropout is
-    drawn, nor without `attention`."""
+    question with several answers) is computed once, where that is a sixteenth of the row or more;
+    false: for each document. Not where dropout is drawn, nor without `attention`."""
 
     last_layer: bool = True
     """Behind the last layer's attention only the tokens that the loss reads go on; false: all of

@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -93,10 +94,15 @@ def _kernel() -> Callable[..., Any]:
 
 def _seen(tensor: torch.Tensor, paths: Sequence[Path]) -> torch.Tensor:
     """(tokens of all paths, kv_heads, head_dim); gradients of what several look at add up in
-    float32."""
-    wide = tensor.float()
-    pieces = [wide[start:stop] for path in paths for start, stop in path.ranges]
-    return torch.cat(pieces).to(tensor.dtype)
+    float32. One operation each way, however many the paths are."""
+    ranges = tuple(edges for path in paths for edges in path.ranges)
+    return tensor.float().index_select(0, _places(ranges, tensor.device)).to(tensor.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _places(ranges: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
+    """(tokens of all ranges,) of the row."""
+    return torch.from_numpy(np.concatenate([np.arange(*edges) for edges in ranges])).to(device)
 
 
 @functools.lru_cache(maxsize=8)  # the layers of a step ask for the same

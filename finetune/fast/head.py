@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from finetune.fast.lora import type_of_products
+from finetune.fast.place import on_cpu
 from finetune.fast.products import go_to_onednn, plus_times, times
 
-NUM_LOGITS = 1 << 20  # at once: 4 MiB in float32, which a cache holds
-LEAST_ROWS = 512  # of the vocabulary at once, however many the tokens are
+# Logits at once, in float32 4 MiB, which a CPU's cache holds, or 128 MiB, so that a GPU has few
+# parts; and rows of the vocabulary at once, however many the tokens are.
+NUM_LOGITS, LEAST_ROWS = 1 << 20, 512
+_ON_GPU, _LEAST_ON_GPU = 1 << 25, 4096
 
 
 # Of the head, its own forward, and hidden states (1, tokens, width): (1, tokens, …).
@@ -144,7 +147,7 @@ def _other_logits(
     where the library lets it.
     """
     vocab, tokens = len(weight), len(hidden)
-    rows = _rows_at_once(vocab, tokens)
+    rows = _rows_at_once(vocab, tokens, on_cpu(hidden))
     memory = torch.empty(0 if onednn else rows * tokens, dtype=own.dtype, device=hidden.device)
     for start in range(0, vocab, rows):
         part = slice(start, min(start + rows, vocab))
@@ -167,9 +170,10 @@ def _other_logits(
         del logits
 
 
-def _rows_at_once(vocab: int, tokens: int) -> int:
+def _rows_at_once(vocab: int, tokens: int, cpu: bool) -> int:
     """Of the vocabulary; parts of one size where it has such: one kernel serves them all."""
-    most = min(max(NUM_LOGITS // max(tokens, 1), LEAST_ROWS), vocab)
+    at_once, least = (NUM_LOGITS, LEAST_ROWS) if cpu else (_ON_GPU, _LEAST_ON_GPU)
+    most = min(max(at_once // max(tokens, 1), least), vocab)
     even = (rows for rows in range(most - most % 16, most // 2, -16) if vocab % rows == 0)
     return next(even, most)
 

@@ -24,7 +24,7 @@ from finetune.fast.products import makes_kernels
 
 IGNORED = -100
 ROUND = 16  # tokens: a cache line of them
-LEAST_SHARED = 1 / 16  # of a row, to be worth a size of its own
+LEAST_SHARED = 1 / 16  # of a row, to be worth copied keys, and a size of its own
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,16 @@ def pack(documents: Sequence[tuple[Any, Any]]) -> Packed:
     labels = np.where(trained & (positions > 0), ids, IGNORED)
     rows = [torch.from_numpy(row).unsqueeze(0) for row in (ids, positions, labels)]
     return Packed(rows[0], rows[1], rows[2], lengths)
+
+
+def to_device(packed: Packed, device: torch.device) -> Packed:
+    """Moves the tensors of a packed row."""
+    return Packed(
+        packed.input_ids.to(device),
+        packed.position_ids.to(device),
+        packed.labels.to(device),
+        packed.document_lengths,
+    )
 
 
 def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,11 +115,10 @@ def lay_out(packed: Packed, beginnings: bool = False, few_sizes: bool = False) -
     positions, _ = supervised(packed.labels)
     tree = None
     if beginnings or few_sizes:
-        worth = LEAST_SHARED if few_sizes else 0.0
         tree = tree_of(
             packed.input_ids,
             packed.document_lengths,
-            least=worth if beginnings else 1.0,
+            least=LEAST_SHARED if beginnings else 1.0,
             multiple=ROUND if few_sizes else 1,
         )
     if tree is None:

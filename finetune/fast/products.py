@@ -13,6 +13,7 @@ import os
 import torch
 
 from finetune import KERNELS_BY_CHOICE
+from finetune.fast.place import on_cpu
 
 _SMALL_KERNELS = 128  # those of five sizes of rows
 
@@ -29,7 +30,7 @@ def onednn_is_faster() -> bool:
 
 def go_to_onednn(wanted: bool, tensor: torch.Tensor) -> bool:
     """Whether products of such a tensor do: what torch takes to MKL, if it is not empty."""
-    to_mkl = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    to_mkl = tensor.dtype == torch.float32 and on_cpu(tensor)
     return wanted and to_mkl and tensor.numel() > 0 and onednn_is_faster()
 
 

@@ -52,6 +52,27 @@ class TestTiny:
         assert all(f"| {name} |" in shown for name in result["runs"][0]["notes"])
 
 
+@pytest.mark.slow
+@pytest.mark.shared
+def test_one_that_fails_costs_the_others_nothing(tmp_path, shared, capsys):
+    shared("data/alpaca_en_demo.json")
+    fails = tmp_path / "peers" / "axolotl" / "bin" / "python"
+    fails.parent.mkdir(parents=True)
+    fails.write_text("#!/bin/sh\necho no memory left\nexit 9\n")
+    fails.chmod(0o755)
+    options = ["--folder", str(tmp_path / "speed"), "--json", str(tmp_path / "result.json")]
+    options += ["--size", "tiny", "--steps", "4", "--dtype", "float32", "--allocator", "glibc"]
+    asked = ["--only", "axolotl packed", "ours", "--peers", str(tmp_path / "peers")]
+    assert main([*options, *asked]) == 1
+    run = json.loads((tmp_path / "result.json").read_text())["runs"][0]
+    assert run["failed"] == {"axolotl packed": 9}
+    assert [len(notes["seconds"]) for notes in run["notes"]["ours"]] == [4, 4]
+    shown = capsys.readouterr()
+    assert "| ours |" in shown.out
+    log = shown.err.split("axolotl packed: failed with 9, left out: ")[1].splitlines()[0]
+    assert Path(log).read_text() == "no memory left\n"
+
+
 def run_of(seconds: list[list[float]]) -> dict:
     """Two contenders, two rounds, four steps of 100 tokens."""
     steps = [{"tokens": 100, "supervised": 50, "flops": 1e9}] * 4
@@ -70,6 +91,17 @@ def test_a_step_counts_with_its_better_round_and_the_first_ones_not_at_all():
     assert cells[1:] == [
         *("2.000", "1.00–3.00", "100", "50", "2.00", "5 %", "200", "1.0e-03"),
     ]
+
+
+def test_one_that_failed_is_named():
+    run = run_of([[9, 1, 1, 3], [9, 3, 3, 1]]) | {"failed": {"axolotl packed": 9}}
+    assert table.lines(run, 1).endswith("|\n\naxolotl packed: failed with 9")
+
+
+def test_losses_of_other_weights_are_not_compared():
+    run = run_of([[9, 1, 1, 3], [9, 3, 3, 1]])
+    run["notes"] = {"ours in nf4": run["notes"]["ours"], "trl packed": run["notes"]["trl packed"]}
+    assert "| 1.0e-03 |" not in table.lines(run, 1)
 
 
 def test_losses_of_other_rows_are_not_compared():

@@ -14,12 +14,13 @@ import pytest
 import torch
 from adapted import with_adapter
 from tolerances import FAST_FLOAT64, FAST_GRADIENT_FLOAT32
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.errors import CannotContinue
 from finetune.fast import attention as attention_module
 from finetune.fast import gpu_attention
 from finetune.fast.attention import document_attention
-from finetune.fast.beginnings import tree_of
+from finetune.fast.beginnings import Path, tree_of
 from finetune.fast.loss import pack, token_losses
 
 HEADS = [(8, 2), (4, 4), (6, 1)]
@@ -122,6 +123,30 @@ def test_it_is_asked_for_documents_that_look_at_each_other(
     monkeypatch.setattr(gpu_attention, "can_attend", lambda query, dropout: False)
     # keys that several look at pass through float32, where their gradients add up
     assert largest_difference(found, with_gradients(inputs, weights, **asked)) < 1e-6
+
+
+def test_keys_that_many_look_at_are_gathered_at_once():
+    """Each operation would go over the whole row: of documents x tokens no row may be."""
+
+    def num_operations(documents):
+        paths = [Path([(0, 3), (n, n + 2)], 2) for n in range(3, 3 + 2 * documents, 2)]
+        key = torch.randn(3 + 2 * documents, 2, 4, dtype=torch.bfloat16, requires_grad=True)
+        with Counting() as counting:
+            seen = gpu_attention._seen(key, paths)
+            seen.sum().backward()
+        assert seen.shape == (5 * documents, 2, 4)
+        assert key.grad[0, 0, 0] == documents
+        return counting.number
+
+    assert num_operations(100) == num_operations(2)
+
+
+class Counting(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

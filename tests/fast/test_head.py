@@ -157,4 +157,17 @@ def _failing(*_):
     ],
 )
 def test_parts_are_of_one_size_where_the_vocabulary_has_such(vocab, tokens, rows):
-    assert head._rows_at_once(vocab, tokens) == rows
+    assert head._rows_at_once(vocab, tokens, True) == rows
+
+
+@pytest.mark.parametrize(
+    ("vocab", "tokens", "rows"),
+    [
+        (128_256, 500, 64_128),  # of 67,108 at most
+        (128_256, 4096, 8016),  # of 8,192: 16 parts, not 334
+        (128_256, 1 << 20, 2672),
+        (32_000, 500, 32_000),
+    ],
+)
+def test_a_gpu_has_few_parts(vocab, tokens, rows):
+    assert head._rows_at_once(vocab, tokens, False) == rows
