@@ -46,7 +46,7 @@ class Budget:
         parameters: of the base, by part.
         trainable: parameters that train.
         base: bytes of the base; of all weights where all of them train.
-        adapter: of the adapter.
+        adapter: of the adapter, with what of it never trains.
         gradients: of what trains.
         optimizer: of its moments.
     """
@@ -78,13 +78,14 @@ def budget_of(config: RunConfig, arch: Architecture | None = None) -> Budget:
     parameters = arch.num_parameters()
     is_full = config.adapter.method == "none"
     trained = parameters.total if is_full else num_adapter_parameters(arch, config)
+    frozen = 0 if is_full else method_of(config.adapter).num_frozen(config.adapter, arch)
     size = BYTES[config.base.dtype if is_full else "float32"]  # adapters are float32
     return Budget(
         architecture=arch,
         parameters=parameters,
         trainable=trained,
         base=_base_bytes(arch, config),
-        adapter=0 if is_full else int(size * trained),
+        adapter=0 if is_full else int(size * (trained + frozen)),
         gradients=int(size * trained),
         optimizer=int(_MOMENT_BYTES[config.train.optim](size) * trained),
     )

@@ -75,7 +75,7 @@ def layer_footprints(
     layer = build_layer(config, arch)
     layout = layout_of(layer, config, batch, device)
     places = (MIDDLE, LAST)
-    with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu(device == "cuda"):
+    with FakeTensorMode(allow_non_fake_inputs=True), AnyNumber(), as_on_gpu(device == "cuda"):
         of = (layer_pass(layer, config, arch, batch, layout, place, device) for place in places)
         return LayerFootprints(*map(_counted, of))
 
@@ -185,7 +185,7 @@ def build_layer(config: RunConfig, arch: Architecture) -> Any:
     """A decoder layer as `train` has it, in training mode."""
     llama_config = to_llama_config(replace(arch, n_layers=1))
     llama_config._attn_implementation = register()
-    with torch.device("meta"):
+    with torch.device("meta"), AnyNumber():
         model: Any = LlamaForCausalLM(llama_config).to(getattr(torch, config.base.dtype))
         layers, adapter, fast = model.model.layers, config.adapter, config.fast
         if adapter.method != "none" and adapter.method not in SOFT_PROMPTS:
@@ -204,8 +204,16 @@ def _fill(layer: torch.nn.Module) -> None:
     for module in layer.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
-                made = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02)
-                module._parameters[name] = torch.nn.Parameter(made, parameter.requires_grad)
+                made = torch.nn.Parameter(_made(parameter), parameter.requires_grad)
+                module._parameters[name] = made
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = _made(buffer)
+
+
+def _made(tensor: torch.Tensor) -> torch.Tensor:
+    made = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return made.normal_(std=0.02) if made.is_floating_point() else made
 
 
 def _counted(run: Callable[[], torch.Tensor]) -> Footprint:
@@ -214,6 +222,16 @@ def _counted(run: Callable[[], torch.Tensor]) -> Footprint:
         kept, kept_pinned = live.now, live.pinned()
         output.sum().backward()
         return Footprint(kept, kept_pinned, live.peak)
+
+
+class AnyNumber(TorchDispatchMode):
+    """Answers where PEFT asks a tensor that has no numbers for one: whether a layer is not dropped
+    (LoHa, LoKr), which row comes next (BOFT). Memory does not depend on it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 0
+        return func(*args, **(kwargs or {}))
 
 
 class LiveBytes(TorchDispatchMode):

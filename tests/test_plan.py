@@ -285,13 +285,6 @@ def test_a_gpu_times_rows_that_share_their_beginnings(bench):
     assert seconds.layers > 0
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "vera", "ia3", "oft", "none", "prompt_tuning"])
-def test_every_kind_of_method_is_planned(config, method):
-    packing = [] if method != "prompt_tuning" else ["data.packing=false"]
-    plan = plan_of(config("llama3.2-1b", f"adapter.method={method}", *packing), cluster())
-    assert plan.bytes_by_part["activations"] > 0
-
-
 @pytest.mark.parametrize(("longest", "ratio"), [(0, (1.05, 2)), (1 << 20, (0.8, 1))])
 def test_what_a_gpu_keeps_is_counted_in_its_types(monkeypatch, config, longest, ratio):
     """On a CPU, torch's attention copies to float32; that of short documents keeps no result."""

@@ -46,7 +46,8 @@ class Boft(MatrixMethod):
 
     Paper: Liu et al. 2023, arXiv:2311.06243. One butterfly factor: PEFT turns more of them into
     one wherever its CUDA extension is not built, so that a config would mean two things.
-    Cost: in · b + out parameters a matrix, b = boft_block_size (skew parts are kept in full).
+    Cost: in · b + out parameters a matrix, b = boft_block_size (skew parts are kept in full), and
+    in² float32 numbers that do not train.
     When: OFT with small blocks whose rows may change their size too.
     """
 
@@ -66,6 +67,10 @@ class Boft(MatrixMethod):
     def num_of(self, matrix: Matrix, adapter: AdapterSection) -> int:
         """A block for each group of columns, and a factor a row."""
         return matrix.num_in * adapter.boft_block_size + matrix.num_out
+
+    def num_frozen(self, adapter: AdapterSection, arch: Architecture) -> int:
+        """PEFT's permutation of every matrix's inputs, as a matrix."""
+        return sum(matrix.num_in**2 for matrix in targeted(adapter, arch))
 
     def findings(self, adapter: AdapterSection, arch: Architecture) -> list[str]:
         """PEFT refuses a block that does not divide, in words of its own."""

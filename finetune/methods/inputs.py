@@ -38,6 +38,10 @@ class TrainableTokens(Method):
         """A row of the embedding for each id."""
         return len(adapter.token_indices) * arch.dim
 
+    def num_frozen(self, adapter: AdapterSection, arch: Architecture) -> int:
+        """The rows as they were."""
+        return self.num_trainable(adapter, arch)
+
     def findings(self, adapter: AdapterSection, arch: Architecture) -> list[str]:
         """Ids the base does not have."""
         if not adapter.token_indices:

@@ -158,6 +158,11 @@ class Vera(MatrixMethod):
         """d and b."""
         return adapter.r + matrix.num_out
 
+    def num_frozen(self, adapter: AdapterSection, arch: Architecture) -> int:
+        """A and B."""
+        matrices = targeted(adapter, arch)
+        return adapter.r * (max(m.num_in for m in matrices) + max(m.num_out for m in matrices))
+
 
 class LoHa(MatrixMethod):
     """LoHa: W' = W + s·(B1·A1) ∘ (B2·A2), entry by entry, s = lora_alpha / r; rank up to r².

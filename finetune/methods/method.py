@@ -57,6 +57,10 @@ class Method(abc.ABC):
     def num_trainable(self, adapter: AdapterSection, arch: Architecture) -> int:
         """Trainable parameters."""
 
+    def num_frozen(self, adapter: AdapterSection, arch: Architecture) -> int:
+        """Numbers that it holds beside the base and never trains."""
+        return 0
+
     @abc.abstractmethod
     def findings(self, adapter: AdapterSection, arch: Architecture) -> list[str]:
         """What does not fit this base, as `adapter.key: …`; nothing where all is well."""
