@@ -18,10 +18,11 @@ from finetune.workload import Workload
 # A process after its imports and the trainer's (`benchmarks.plan_check --size tiny`).
 LIBRARIES_BYTES = int(0.55 * GIB)
 # What glibc's heap holds beyond the tensors that are alive: blocks of a step, freed and cut up. It
-# is nothing one can derive; these shares of a layer's own peak and of all that is alive fit what
-# was measured (docs/scaling.md), and so does what oneDNN's kernels take with them, by their type.
-_HEAP_OF_LAYER, _HEAP_OF_ALIVE = 1.2, 0.17
-_HEAP_OF_BFLOAT16, _HEAP_OF_FLOAT32 = int(0.08 * GIB), int(0.205 * GIB)
+# is nothing one can derive; these shares of a layer's own peak, and of what comes and goes as a
+# whole (gradients, logits), fit what was measured (docs/scaling.md). Where products are oneDNN's,
+# its copies take a share of a layer too, and its kernels so many bytes, by their type.
+_HEAP_OF_LAYER, _HEAP_OF_COPIES, _HEAP_OF_WHOLE = 1.8, 1.0, 0.5
+_HEAP_OF_BFLOAT16, _HEAP_OF_FLOAT32 = int(0.02 * GIB), int(0.05 * GIB)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def peak_of(config: RunConfig, budget: Budget, work: Workload, cluster: Cluster)
         "logits": alive.logits,
     }
     if on_cpu:
-        parts["heap"] = _heap(config, alive)
+        parts["heap"] = _heap(config, alive.layer, budget.gradients + alive.logits)
     return Peak(parts, alive.offloaded)
 
 
@@ -143,14 +144,13 @@ def _alive(config: RunConfig, budget: Budget, work: Workload, cluster: Cluster) 
     )
 
 
-def _heap(config: RunConfig, alive: _Alive) -> int:
+def _heap(config: RunConfig, layer: int, whole: int) -> int:
     from finetune.fast.products import onednn_is_faster
     from finetune.precision import multiplies_in_bf16
 
-    kernels = 0
+    shares = _HEAP_OF_LAYER * layer + _HEAP_OF_WHOLE * whole
     if multiplies_in_bf16(config, "cpu"):
-        kernels = _HEAP_OF_BFLOAT16
-    elif config.fast.products and onednn_is_faster():
-        kernels = _HEAP_OF_FLOAT32
-    shares = _HEAP_OF_LAYER * alive.layer + _HEAP_OF_ALIVE * (alive.activations + alive.logits)
-    return int(shares) + kernels
+        return int(shares + _HEAP_OF_COPIES * layer) + _HEAP_OF_BFLOAT16
+    if config.fast.products and onednn_is_faster():
+        return int(shares + _HEAP_OF_COPIES * layer) + _HEAP_OF_FLOAT32
+    return int(shares)
