@@ -85,9 +85,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     torch has a class of its own for a GPU's allocator, none for CPUs nor for what libraries ask of
     a GPU (cuBLAS, pinned memory); it is not imported for this."""
-    is_torchs = type(error).__name__ == "OutOfMemoryError"
-    is_torchs = is_torchs or any(said in str(error) for said in _OUT_OF_MEMORY)
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_torchs)
+    if isinstance(error, RuntimeError):
+        says_so = any(words in str(error) for words in _OUT_OF_MEMORY)
+        return says_so or type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError)
 
 
 def describe(error: BaseException) -> str:

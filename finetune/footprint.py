@@ -212,8 +212,8 @@ def _fill(layer: torch.nn.Module) -> None:
 
 
 def _made(tensor: torch.Tensor) -> torch.Tensor:
-    made = torch.zeros(tensor.shape, dtype=tensor.dtype)
-    return made.normal_(std=0.02) if made.is_floating_point() else made
+    made = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return made.normal_(std=0.02) if made.is_floating_point() else made.zero_()
 
 
 def _counted(run: Callable[[], torch.Tensor]) -> Footprint:

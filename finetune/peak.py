@@ -6,7 +6,7 @@ layers and the head have at once (`footprint`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune.budget import BYTES, Budget
 from finetune.config import RunConfig
@@ -120,17 +120,16 @@ def _alive(config: RunConfig, budget: Budget, work: Workload, cluster: Cluster) 
     head = head_footprint(config, arch, work.most_supervised, kind)
     tokens = work.largest.tokens + vectors * len(work.largest.lengths)
     width = tokens * arch.dim * int(BYTES[config.base.dtype])
-    recomputed = config.train.activation_checkpointing
     middle, last = layers.middle, layers.last
-    kept, of_last = (width, width) if recomputed else (middle.kept, last.kept)
-    away, last_away = (
-        (pinned(width), pinned(width)) if recomputed else (middle.kept_pinned, last.kept_pinned)
-    )
+    if config.train.activation_checkpointing:  # a layer keeps its input alone
+        middle, last = (
+            replace(layer, kept=width, kept_pinned=pinned(width)) for layer in (middle, last)
+        )
     offloads, others = config.train.activation_offloading, arch.n_layers - 1
-    here = 0 if offloads else others * kept
+    here = 0 if offloads else others * middle.kept
     # the backward pass of the last layer, or of the one before it
-    in_layers = width + max(here + last.peak, max(here - kept, 0) + middle.peak)
-    at_head = width + here + (0 if offloads else of_last) + head.peak
+    in_layers = width + max(here + last.peak, max(here - middle.kept, 0) + middle.peak)
+    at_head = width + here + (0 if offloads else last.kept) + head.peak
     if config.adapter.method == "none" and work.micro_batches == cluster.count == 1:
         heads = budget.parameters.head or budget.parameters.embedding
         of_head = heads * int(BYTES[config.base.dtype])
@@ -140,7 +139,7 @@ def _alive(config: RunConfig, budget: Budget, work: Workload, cluster: Cluster) 
         activations=in_layers,
         logits=max(at_head - in_layers, 0),
         layer=middle.peak,
-        offloaded=others * away + last_away if offloads else 0,
+        offloaded=others * middle.kept_pinned + last.kept_pinned if offloads else 0,
     )
 
 
@@ -150,7 +149,9 @@ def _heap(config: RunConfig, layer: int, whole: int) -> int:
 
     shares = _HEAP_OF_LAYER * layer + _HEAP_OF_WHOLE * whole
     if multiplies_in_bf16(config, "cpu"):
-        return int(shares + _HEAP_OF_COPIES * layer) + _HEAP_OF_BFLOAT16
-    if config.fast.products and onednn_is_faster():
-        return int(shares + _HEAP_OF_COPIES * layer) + _HEAP_OF_FLOAT32
-    return int(shares)
+        kernels = _HEAP_OF_BFLOAT16
+    elif config.fast.products and onednn_is_faster():
+        kernels = _HEAP_OF_FLOAT32
+    else:
+        return int(shares)
+    return int(shares + _HEAP_OF_COPIES * layer) + kernels

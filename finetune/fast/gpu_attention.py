@@ -66,7 +66,7 @@ def attend(
     """
     query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     if not are_alone(paths):
-        key, value = (_seen(t, paths) for t in (key, value))
+        key, value = _seen(key, value, paths)
     asking = tuple(path.own for path in paths)
     seen = tuple(sum(stop - start for start, stop in path.ranges) for path in paths)
     result: torch.Tensor = _kernel()(
@@ -92,11 +92,14 @@ def _kernel() -> Callable[..., Any]:
     return varlen_attn
 
 
-def _seen(tensor: torch.Tensor, paths: Sequence[Path]) -> torch.Tensor:
-    """(tokens of all paths, kv_heads, head_dim); gradients of what several look at add up in
+def _seen(
+    key: torch.Tensor, value: torch.Tensor, paths: Sequence[Path]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both (tokens of all paths, kv_heads, head_dim); gradients of what several look at add up in
     float32. One operation each way, however many the paths are."""
-    ranges = tuple(edges for path in paths for edges in path.ranges)
-    return tensor.float().index_select(0, _places(ranges, tensor.device)).to(tensor.dtype)
+    places = _places(tuple(edges for path in paths for edges in path.ranges), key.device)
+    k, v = (t.float().index_select(0, places).to(t.dtype) for t in (key, value))
+    return k, v
 
 
 @functools.lru_cache(maxsize=8)
