@@ -115,7 +115,6 @@ def plan_of(
     cluster = cluster or Cluster(this_machine())
     budget, work = budget_of(config, arch), workload_of(config, cluster.count, data)
     peak = peak_of(config, budget, work, cluster)
-    keep = config.train.save_total_limit + config.train.load_best_model_at_end
     plan = Plan(
         config,
         budget,
@@ -126,7 +125,7 @@ def plan_of(
         None,
         "not asked for",
         checkpoint_bytes=budget.gradients + budget.optimizer,
-        checkpoints=keep + 1,
+        checkpoints=config.train.most_checkpoints(work.num_steps) + 1,
         offloaded_bytes=peak.offloaded,
     )
     seconds, timing = _seconds(plan, with_time)

@@ -88,6 +88,7 @@ def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> list[str]:
     """The stages in their order. Returns what a person should know of how training ended."""
     with loading_libraries():
         from finetune import checkpoint, fit, resume, stages
+        from finetune.batching import steps_of
         from finetune.fast.allocator import keep_freed_memory
         from finetune.fast.products import keep_small_kernels
         from finetune.monitor import Progress, StepMetrics, StopAtBoundary, stop_on_signals
@@ -111,7 +112,8 @@ def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> list[str]:
     if is_first_rank():
         _say(stages.describe_steps(parts, trainer.ours.plan))
         stages.warn_of_last_weights(config)
-        keep = config.train.save_total_limit + config.train.load_best_model_at_end
+        num_steps = steps_of(config, data, trainer.ours.plan).total
+        keep = config.train.most_checkpoints(num_steps)
         checkpoint.refuse_small_disk(model, config.train.optim, keep, run.path)
     resumed = resume.choose_checkpoint(parts, run, is_first_rank(), allowed)
     if config.fast.allocator and trainer.args.device.type == "cpu":

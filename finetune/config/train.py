@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -151,3 +152,18 @@ class TrainSection(Section):
         if isinstance(data, dict) and all(data.get(key) is None for key in lengths):
             return {**data, "num_train_epochs": 1.0}
         return data
+
+    def most_checkpoints(self, num_steps: int | None) -> int:
+        """Those on the disk at once, without the one being written: the newest
+        `save_total_limit` and the best, or fewer where a run never makes so many.
+
+        Args:
+            num_steps: of the run; None where nothing tells.
+        """
+        best = self.load_best_model_at_end
+        if num_steps is None:
+            return self.save_total_limit + best
+        saved = math.ceil(num_steps / self.save_steps) + 1  # a stop saves one more
+        if best:
+            saved += math.ceil(num_steps / (self.eval_steps or num_steps))
+        return min(self.save_total_limit, saved) + best
