@@ -23,6 +23,7 @@ from finetune.config import RunConfig
 from finetune.config.adapter import SOFT_PROMPTS
 from finetune.fast.attention import no_mask, register
 from finetune.fast.blocks import speed_up
+from finetune.fast.frozen import stand_in_for_packed
 from finetune.fast.head import head_losses, plain_losses
 from finetune.fast.loss import Layout, lay_out, may_be_laid_out
 from finetune.fast.place import as_on_gpu
@@ -188,13 +189,15 @@ def build_layer(config: RunConfig, arch: Architecture) -> Any:
     with torch.device("meta"), AnyNumber():
         model: Any = LlamaForCausalLM(llama_config).to(getattr(torch, config.base.dtype))
         layers, adapter, fast = model.model.layers, config.adapter, config.fast
+        if config.base.quantization in ("nf4", "fp4"):
+            stand_in_for_packed(layers)
         if adapter.method != "none" and adapter.method not in SOFT_PROMPTS:
             # initialisations look at numbers; a layer's memory does not depend on them
             plain = adapter.model_copy(update={"init": type(adapter).model_fields["init"].default})
             model.name_or_path = "base"  # else PEFT warns of a renaming
             model = get_peft_model(model, method_of(plain).peft_config(plain, "base"))
-    if config.base.quantization != "none":
-        fast = fast.model_copy(update={"lora": False})  # bitsandbytes' layers run PEFT's own code
+    if config.base.quantization == "int8":
+        fast = fast.model_copy(update={"lora": False})  # those layers run PEFT's own code
     speed_up(model, fast)
     return layers[0].train()
 

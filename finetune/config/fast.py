@@ -18,8 +18,8 @@ class FastSection(Section):
 
     lora: bool = True
     """Base and adapter of a projection as one function, in the type of the base (A, B and their
-    gradients stay float32); false: PEFT's own layers. Only plain LoRA has it, methods that need
-    more (DoRA, quantised bases, float16 …) are PEFT's own in any case."""
+    gradients stay float32), also of 4 bits; false: PEFT's own layers. Only plain LoRA has it;
+    what needs more (DoRA, int8, float16 …) is PEFT's own in any case."""
 
     products: bool = True
     """Where a CPU has AVX-512 and is not Intel's, the float32 products of `lora` and `loss` by

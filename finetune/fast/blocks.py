@@ -125,7 +125,7 @@ def _layer(
 
 def _pays(layer: Any, parts: FastSection, hidden_states: torch.Tensor, num_read: int) -> bool:
     """Whether a layer that drops tokens saves more than the kernels for those it keeps cost."""
-    dtype = type_of_products(hidden_states, layer.input_layernorm.weight)
+    dtype = type_of_products(hidden_states, layer.input_layernorm.weight.dtype)
     if not on_cpu(hidden_states) or not makes_kernels(parts.products, dtype):
         return True
     weights = sum(parameter.numel() for parameter in layer.mlp.parameters())
@@ -148,6 +148,6 @@ def _together(
     """What layers make of one input."""
     projections = projections_of(layers) if parts.lora else None
     # float16 ends at 6e-8: the small gradients inside an adapter need PEFT's float32 products
-    if projections is None or type_of_products(x, projections[0].weight) == torch.float16:
+    if projections is None or type_of_products(x, projections[0].weight.dtype) == torch.float16:
         return tuple(layer(x) for layer in layers)
     return project(x, projections, parts.products)

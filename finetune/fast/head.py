@@ -75,7 +75,7 @@ def head_losses(
     Returns:
         (tokens,) nats, float32, or float64 where the products are.
     """
-    dtype, tokens = type_of_products(hidden, weight), len(targets)
+    dtype, tokens = type_of_products(hidden, weight.dtype), len(targets)
     # A product whose rows do not begin with a cache line is a third slower on a CPU.
     missing = -tokens % 16
     hidden, targets = F.pad(hidden, (0, 0, 0, missing)), F.pad(targets, (0, missing))

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners.lora import LoraLayer
 from torch.autograd.function import once_differentiable
 
+from finetune.fast.frozen import FrozenWeight, Packing, frozen_weight_of, unpacked
 from finetune.fast.products import go_to_onednn, plus_times, times
 
 
@@ -29,14 +30,14 @@ class Projection:
     """A frozen linear layer and its adapter.
 
     Attributes:
-        weight: (out, in), frozen.
+        weight: (out, in).
         down: A, (r, in).
         up: B, (out, r).
         scaling: factor of the adapter.
         dropout: on the adapter's input; None where it does nothing.
     """
 
-    weight: torch.Tensor
+    weight: FrozenWeight
     down: torch.Tensor
     up: torch.Tensor
     scaling: float
@@ -46,31 +47,34 @@ class Projection:
 def projections_of(layers: Sequence[torch.nn.Module]) -> list[Projection] | None:
     """What `project` needs of PEFT's layers; None where one of them is not plain LoRA.
 
-    Plain is: a `torch.nn.Linear` under exactly one active adapter, without bias, without a variant
-    (DoRA and its like), neither merged nor disabled. Everything else stays PEFT's own.
+    Plain is: a `torch.nn.Linear` or bitsandbytes' of 4 bits under exactly one active adapter,
+    without bias, without a variant (DoRA and its like), neither merged nor disabled. Everything
+    else stays PEFT's own.
     """
     found = [_projection_of(layer) for layer in layers]
     return None if None in found else [p for p in found if p is not None]
 
 
 def _projection_of(layer: Any) -> Projection | None:
-    kind: type = type(layer)
-    if kind is not Linear or layer.disable_adapters or layer.merged:
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
         return None
-    base, active = layer.base_layer, layer.active_adapters
-    plain = type(base) is torch.nn.Linear
-    if not plain or base.bias is not None or base.weight.requires_grad:
+    weight, active = frozen_weight_of(layer), layer.active_adapters
+    if weight is None:
         return None
     if len(active) != 1 or active[0] not in layer.lora_A or active[0] in layer.lora_variant:
         return None
     name = active[0]
     down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    if up.bias is not None or any(m._forward_hooks or m._forward_pre_hooks for m in (base, layer)):
+    if up.bias is not None or _has_hooks(layer) or _has_hooks(layer.base_layer):
         return None
     acts = isinstance(dropout, torch.nn.Dropout) and dropout.p > 0 and layer.training
     return Projection(
-        base.weight, down.weight, up.weight, layer.scaling[name], dropout if acts else None
+        weight, down.weight, up.weight, layer.scaling[name], dropout if acts else None
     )
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def project(
@@ -88,21 +92,22 @@ def project(
     dropped: list[torch.Tensor | None] = [
         None if p.dropout is None else p.dropout(x) for p in projections
     ]
-    tensors = [t for p in projections for t in (p.weight, p.down, p.up)]
+    tensors = [t for p in projections for t in (p.weight.tensor, p.down, p.up)]
     scalings = [p.scaling for p in projections]
-    dtype = type_of_products(x, projections[0].weight)
+    packings = [p.weight.packing for p in projections]
+    dtype = type_of_products(x, projections[0].weight.dtype)
     result: tuple[torch.Tensor, ...] = _Projections.apply(
-        x, dtype, products, scalings, *dropped, *tensors
+        x, dtype, products, scalings, packings, *dropped, *tensors
     )
     return result
 
 
-def type_of_products(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+def type_of_products(x: torch.Tensor, weight: torch.dtype) -> torch.dtype:
     """The weight's type, or that of autocast where it is on."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
+    if torch.is_autocast_enabled(kind) and weight != torch.float64:
         return torch.get_autocast_dtype(kind)
-    return weight.dtype
+    return weight
 
 
 class _Projections(torch.autograd.Function):
@@ -115,6 +120,7 @@ class _Projections(torch.autograd.Function):
         dtype: torch.dtype,
         products: bool,
         scalings: list[float],
+        packings: list[Packing | None],
         *tensors: Any,
     ) -> tuple[torch.Tensor, ...]:
         n = len(scalings)
@@ -127,12 +133,13 @@ class _Projections(torch.autograd.Function):
             downs = [down.to(dtype) for _, down, _ in triples]
             hidden = _through_downs(flat, inputs, downs, onednn)
             outputs = []
-            for h, (weight, _, up), s in zip(hidden, triples, scalings, strict=True):
-                y = times(flat, weight.to(dtype), onednn)
+            of_each = zip(hidden, triples, packings, scalings, strict=True)
+            for h, (weight, _, up), packing, s in of_each:
+                y = times(flat, unpacked(weight, packing, dtype), onednn)
                 y = plus_times(y, h, up.to(dtype), onednn, scale=s)
                 outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
         ctx.dtype, ctx.scalings, ctx.shape, ctx.x_dtype = dtype, scalings, x.shape, x.dtype
-        ctx.onednn = onednn
+        ctx.packings, ctx.onednn = packings, onednn
         ctx.save_for_backward(flat, *inputs, *hidden, *weights)
         return tuple(outputs)
 
@@ -157,11 +164,10 @@ class _Projections(torch.autograd.Function):
             dx: torch.Tensor | None = None
             ddropped: list[torch.Tensor | None] = [None] * n
             if ctx.needs_input_grad[0]:
-                dx = times(dys[0], triples[0][0].to(dtype).t(), onednn)
-                for dy, (weight, _, _) in zip(dys[1:], triples[1:], strict=True):
-                    dx = plus_times(dx, dy, weight.to(dtype).t(), onednn)
+                weights = [t[0] for t in triples]
+                dx = _through_weights(dys, weights, ctx.packings, dtype, onednn)
             for i, (dh, down) in enumerate(zip(dhidden, downs, strict=True)):
-                if inputs[i] is not None and ctx.needs_input_grad[4 + i]:
+                if inputs[i] is not None and ctx.needs_input_grad[5 + i]:
                     ddropped[i] = times(dh, down.t(), onednn).view(ctx.shape).to(ctx.x_dtype)
             if dx is not None:
                 shared = [i for i in range(n) if inputs[i] is None]
@@ -171,7 +177,7 @@ class _Projections(torch.autograd.Function):
                     dx = plus_times(dx, together, back, onednn)
                 dx = dx.view(ctx.shape).to(ctx.x_dtype)
         of_weights = [g for i in range(n) for g in (None, ddowns[i], dups[i])]
-        return (dx, None, None, None, *ddropped, *of_weights)
+        return (dx, None, None, None, None, *ddropped, *of_weights)
 
 
 def _rows(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -200,6 +206,21 @@ def _through_downs(
     return [
         found[i] if own is None else times(own, downs[i], onednn) for i, own in enumerate(inputs)
     ]
+
+
+def _through_weights(
+    dys: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    packings: Sequence[Packing | None],
+    dtype: torch.dtype,
+    onednn: bool,
+) -> torch.Tensor:
+    """The sum of dy_i W_i; one W_i at a time is unpacked."""
+    first, *rest = zip(dys, weights, packings, strict=True)
+    dx = times(first[0], unpacked(first[1], first[2], dtype).t(), onednn)
+    for dy, weight, packing in rest:
+        dx = plus_times(dx, dy, unpacked(weight, packing, dtype).t(), onednn)
+    return dx
 
 
 def _down_gradients(

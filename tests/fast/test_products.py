@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.fast import products
+from finetune.fast.frozen import FrozenWeight
 from finetune.fast.head import head_losses
 from finetune.fast.lora import Projection, project
 from finetune.fast.products import go_to_onednn, makes_kernels, plus_times, times
@@ -102,7 +103,7 @@ def test_a_step_asks_the_library_it_is_said_to(library, products_wanted):
 
 def adapted_layer(width: int, out: int) -> Projection:
     down, up = torch.randn(4, width, requires_grad=True), torch.randn(out, 4, requires_grad=True)
-    return Projection(torch.randn(out, width), down, up, 2.0, None)
+    return Projection(FrozenWeight(torch.randn(out, width)), down, up, 2.0, None)
 
 
 class Asked(TorchDispatchMode):
