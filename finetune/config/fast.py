@@ -28,7 +28,8 @@ class FastSection(Section):
     waits until it saves more than its kernels for new sizes cost; false: neither."""
 
     pointwise: bool = True
-    """RMSNorm, rotary embedding and SwiGLU as one function each; false: transformers' own."""
+    """RMSNorm, rotary embedding and SwiGLU as one function each (with `lora`, SwiGLU and the down
+    projection are one); false: transformers' own."""
 
     beginnings: bool = True
     """What documents of a row have in common at their beginning (a template, a system message, a

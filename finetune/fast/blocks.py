@@ -23,7 +23,13 @@ from transformers.models.llama.modeling_llama import (
 from finetune.config import FastSection
 from finetune.fast.attention import DOCUMENT_ATTENTION, document_attention
 from finetune.fast.beginnings import draws_dropout
-from finetune.fast.lora import project, projections_of, type_of_products
+from finetune.fast.lora import (
+    Projection,
+    project,
+    project_swiglu,
+    projections_of,
+    type_of_products,
+)
 from finetune.fast.place import on_cpu
 from finetune.fast.pointwise import rms_norm, rotate, swiglu
 from finetune.fast.products import makes_kernels
@@ -134,8 +140,12 @@ def _pays(layer: Any, parts: FastSection, hidden_states: torch.Tensor, num_read:
 
 def _mlp(self: Any, parts: FastSection, x: torch.Tensor) -> torch.Tensor:
     gate, up = _together(x, parts, (self.gate_proj, self.up_proj))
-    inner = swiglu(gate, up) if parts.pointwise else self.act_fn(gate) * up
-    return _together(inner, parts, (self.down_proj,))[0]
+    if not parts.pointwise:
+        return _together(self.act_fn(gate) * up, parts, (self.down_proj,))[0]
+    down = _fast_projections(gate, parts, (self.down_proj,))
+    if down is not None and down[0].dropout is None:
+        return project_swiglu(gate, up, down[0], parts.products)
+    return _together(swiglu(gate, up), parts, (self.down_proj,))[0]
 
 
 def _norm(self: Any, parts: FastSection, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -146,8 +156,18 @@ def _together(
     x: torch.Tensor, parts: FastSection, layers: tuple[torch.nn.Module, ...]
 ) -> tuple[torch.Tensor, ...]:
     """What layers make of one input."""
+    projections = _fast_projections(x, parts, layers)
+    if projections is None:
+        return tuple(layer(x) for layer in layers)
+    return project(x, projections, parts.products)
+
+
+def _fast_projections(
+    x: torch.Tensor, parts: FastSection, layers: tuple[torch.nn.Module, ...]
+) -> list[Projection] | None:
+    """None where the layers run themselves."""
     projections = projections_of(layers) if parts.lora else None
     # float16 ends at 6e-8: the small gradients inside an adapter need PEFT's float32 products
     if projections is None or type_of_products(x, projections[0].weight.dtype) == torch.float16:
-        return tuple(layer(x) for layer in layers)
-    return project(x, projections, parts.products)
+        return None
+    return projections

@@ -5,8 +5,9 @@
 PEFT runs this as five operations a projection, keeps the activations of each, and computes the
 adapter in float32 beside a bfloat16 base, with a copy of x in each type. Here x is read once for
 all A_i, B_i is added by the matrix product itself, the gradients of x are summed by the products
-too, and only x and x A' are kept. Products are in the type of the base (or of autocast); A and B
-stay float32, and so do their gradients.
+too, and only x and x A' are kept; of the down projection, not x but gate and up, which make it.
+Products are in the type of the base (or of autocast); A and B stay float32, and so do their
+gradients.
 
 Source: LoRA (arXiv 2106.09685), equation 3; the gradients are its chain rule.
 """
@@ -22,6 +23,7 @@ from peft.tuners.lora import LoraLayer
 from torch.autograd.function import once_differentiable
 
 from finetune.fast.frozen import FrozenWeight, Packing, frozen_weight_of, unpacked
+from finetune.fast.pointwise import gated, swiglu_gradients
 from finetune.fast.products import go_to_onednn, plus_times, times
 
 
@@ -89,15 +91,35 @@ def project(
     Returns:
         (…, out_i) each, in the type of the base, or of autocast where it is on.
     """
-    dropped: list[torch.Tensor | None] = [
-        None if p.dropout is None else p.dropout(x) for p in projections
-    ]
+    dropped = [None if p.dropout is None else p.dropout(x) for p in projections]
+    return _applied(x, None, projections, products, dropped)
+
+
+def project_swiglu(
+    gate: torch.Tensor, up: torch.Tensor, projection: Projection, products: bool = True
+) -> torch.Tensor:
+    """`project` of silu(gate) · up, which the backward pass makes again: gate and up are kept.
+
+    Args:
+        gate: (…, in), like up.
+        projection: without dropout.
+    """
+    return _applied(gate, up, [projection], products, [None])[0]
+
+
+def _applied(
+    x: torch.Tensor,
+    factor: torch.Tensor | None,
+    projections: Sequence[Projection],
+    products: bool,
+    dropped: Sequence[torch.Tensor | None],
+) -> tuple[torch.Tensor, ...]:
     tensors = [t for p in projections for t in (p.weight.tensor, p.down, p.up)]
     scalings = [p.scaling for p in projections]
     packings = [p.weight.packing for p in projections]
     dtype = type_of_products(x, projections[0].weight.dtype)
     result: tuple[torch.Tensor, ...] = _Projections.apply(
-        x, dtype, products, scalings, packings, *dropped, *tensors
+        x, factor, dtype, products, scalings, packings, *dropped, *tensors
     )
     return result
 
@@ -111,12 +133,13 @@ def type_of_products(x: torch.Tensor, weight: torch.dtype) -> torch.dtype:
 
 
 class _Projections(torch.autograd.Function):
-    """`project`, with its gradients written out."""
+    """`project`, with its gradients written out; of silu(x) · factor where there is one."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
+        factor: torch.Tensor | None,
         dtype: torch.dtype,
         products: bool,
         scalings: list[float],
@@ -126,7 +149,7 @@ class _Projections(torch.autograd.Function):
         n = len(scalings)
         dropped, weights = tensors[:n], tensors[n:]
         triples = [weights[i : i + 3] for i in range(0, 3 * n, 3)]
-        flat = _rows(x, dtype)
+        flat = _input(x, factor, dtype)
         inputs = [None if d is None else _rows(d, dtype) for d in dropped]
         onednn = go_to_onednn(products, flat)
         with torch.autocast(x.device.type, enabled=False):
@@ -140,34 +163,38 @@ class _Projections(torch.autograd.Function):
                 outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
         ctx.dtype, ctx.scalings, ctx.shape, ctx.x_dtype = dtype, scalings, x.shape, x.dtype
         ctx.packings, ctx.onednn = packings, onednn
-        ctx.save_for_backward(flat, *inputs, *hidden, *weights)
+        kept = flat if factor is None else x
+        ctx.save_for_backward(kept, factor, *inputs, *hidden, *weights)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         n, dtype, onednn = len(ctx.scalings), ctx.dtype, ctx.onednn
-        flat, *saved = ctx.saved_tensors
+        kept, factor, *saved = ctx.saved_tensors
         inputs, hidden, weights = saved[:n], saved[n : 2 * n], saved[2 * n :]
         triples = [weights[i : i + 3] for i in range(0, 3 * n, 3)]
         # the gradient of a sum is one number with a stride of 0, which makes oneDNN slow
         dys = [_rows(grad, dtype).contiguous() for grad in grads]
         ups = [up.to(dtype) * s for (_, _, up), s in zip(triples, ctx.scalings, strict=True)]
-        with torch.autocast(flat.device.type, enabled=False):
+        with torch.autocast(kept.device.type, enabled=False):
             dups = [
                 _transposed(h, dy, onednn).to(up.dtype).mul_(s)
                 for dy, h, (_, _, up), s in zip(dys, hidden, triples, ctx.scalings, strict=True)
             ]
             dhidden = [times(dy, up.t(), onednn) for dy, up in zip(dys, ups, strict=True)]
+            flat = _input(kept, factor, dtype)
             ddowns = _down_gradients(flat, inputs, dhidden, [d for _, d, _ in triples], onednn)
+            del flat  # where it was made anew, the products below want its memory
             downs = [down.to(dtype) for _, down, _ in triples]
             dx: torch.Tensor | None = None
+            dfactor: torch.Tensor | None = None
             ddropped: list[torch.Tensor | None] = [None] * n
-            if ctx.needs_input_grad[0]:
+            if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
                 weights = [t[0] for t in triples]
                 dx = _through_weights(dys, weights, ctx.packings, dtype, onednn)
             for i, (dh, down) in enumerate(zip(dhidden, downs, strict=True)):
-                if inputs[i] is not None and ctx.needs_input_grad[5 + i]:
+                if inputs[i] is not None and ctx.needs_input_grad[6 + i]:
                     ddropped[i] = times(dh, down.t(), onednn).view(ctx.shape).to(ctx.x_dtype)
             if dx is not None:
                 shared = [i for i in range(n) if inputs[i] is None]
@@ -176,8 +203,15 @@ class _Projections(torch.autograd.Function):
                     back = torch.cat([downs[i] for i in shared]).t()
                     dx = plus_times(dx, together, back, onednn)
                 dx = dx.view(ctx.shape).to(ctx.x_dtype)
+                if factor is not None:
+                    dx, dfactor = swiglu_gradients(kept, factor, dx, out=dx)
         of_weights = [g for i in range(n) for g in (None, ddowns[i], dups[i])]
-        return (dx, None, None, None, None, *ddropped, *of_weights)
+        return (dx, dfactor, None, None, None, None, *ddropped, *of_weights)
+
+
+def _input(x: torch.Tensor, factor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """What the projections read, (rows, in)."""
+    return _rows(x if factor is None else gated(x, factor), dtype)
 
 
 def _rows(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -42,6 +42,25 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """What `swiglu` is, for whoever writes its gradients himself."""
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_gradients(
+    gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of gate and up.
+
+    Args:
+        dy: gradient of `swiglu`.
+        out: takes that of gate; may be `dy` itself.
+    """
+    dup = F.silu(gate).mul_(dy)
+    dgate = torch.mul(dy, up, out=out)
+    return torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate), dup
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
@@ -97,11 +116,10 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return gated(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        dgate = torch.ops.aten.silu_backward(dy * up, gate)
-        return dgate, F.silu(gate).mul_(dy)
+        return swiglu_gradients(gate, up, dy)

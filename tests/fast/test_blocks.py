@@ -122,6 +122,9 @@ def test_dropout_draws_what_peft_draws(tiny_llama):
         {"target_modules": ["gate_proj", "o_proj", "v_proj", "k_proj", "q_proj"]},
         {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"up_proj": 3}},
         {"layers_to_transform": [1]},
+        # in the first layer, only one of gate and up has a gradient
+        {"target_modules": ["up_proj", "down_proj"]},
+        {"target_modules": ["gate_proj", "down_proj"]},
     ],
     ids=str,
 )

@@ -11,7 +11,8 @@ from tolerances import FAST_BFLOAT16, FAST_FLOAT32, FAST_FLOAT64
 from torch import nn
 
 from finetune.fast import lora
-from finetune.fast.lora import project, projections_of
+from finetune.fast.lora import project, project_swiglu, projections_of
+from finetune.fast.pointwise import swiglu
 from finetune.fast.products import times
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -205,3 +206,22 @@ def test_less_is_kept_than_by_peft(dtype):
     size = torch.finfo(dtype).bits // 8
     assert ours == 1000 * (16 + 4 + 4 + 2) * size  # x once, and x A'
     assert ours < plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_swiglu_and_its_projection_are_the_two_in_turn_and_keep_what_made_the_input(dtype):
+    model = adapted(dtype)
+    (projection,) = projections_of(layers_of(model)[:1])
+    trained = [projection.down, projection.up]
+    gate, up = (torch.randn(7, 16, dtype=dtype, requires_grad=True) for _ in range(2))
+
+    def gradients(run):
+        ys = run()
+        return [ys, *torch.autograd.grad(ys.square().sum(), [gate, up, *trained])]
+
+    at_once = gradients(lambda: project_swiglu(gate, up, projection))
+    in_turn = gradients(lambda: project(swiglu(gate, up), [projection])[0])
+    assert all(torch.equal(a, b) for a, b in zip(at_once, in_turn, strict=True))
+    size, hidden = dtype.itemsize, 4
+    assert kept_bytes(lambda x: project_swiglu(x, up, projection), gate) == 7 * (32 + hidden) * size
+    assert kept_bytes(lambda x: project(swiglu(x, up), [projection]), gate) == 7 * 52 * size
