@@ -52,10 +52,15 @@ CASES: dict[str, tuple[str, ...]] = {
         "train.per_device_train_batch_size=8",
         "train.max_steps=32",
     ),
+    "lora on nf4, 2 packs": ("base.quantization=nf4",),
+    "dora on nf4, 2 packs": ("base.quantization=nf4", "adapter.method=dora"),
     "lora with nothing fast": tuple(f"fast.{part}=false" for part in FastSection.model_fields),
 }
 # For machines with bfloat16 units (--only); others take minutes for a step.
-IN_BFLOAT16 = {f"{name}, bfloat16": CASES[name] for name in ("lora, 2 packs", "lora, 8 packs")}
+IN_BFLOAT16 = {
+    f"{name}, bfloat16": CASES[name]
+    for name in ("lora, 2 packs", "lora, 8 packs", "lora on nf4, 2 packs")
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

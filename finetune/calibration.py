@@ -79,7 +79,7 @@ def measure(
 
 def _timed_layers(config: RunConfig, arch: Architecture, batch: MicroBatch, device: str) -> float:
     """Of all layers: of one in each place, each of the middle ones like the other."""
-    layer = build_layer(config, arch)
+    layer = build_layer(config, arch, is_run=True)
     layout = layout_of(layer, config, batch, device)
 
     def seconds(place: str) -> float:

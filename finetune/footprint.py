@@ -31,6 +31,7 @@ from finetune.fast.products import makes_kernels
 from finetune.llama.architecture import Architecture, to_llama_config
 from finetune.methods import method_of
 from finetune.precision import uses_bf16_autocast
+from finetune.skeleton import copyable, make_quantized, quantized_like
 from finetune.workload import MicroBatch
 
 FIRST, MIDDLE, LAST = "first", "middle", "last"  # of the layers
@@ -116,8 +117,8 @@ def layer_pass(
         place: of the layer. Nobody asks the first for the gradient of a frozen embedding.
         device: that would train; the tensors may lie on another.
     """
-    _fill(layer)
     dtype, num_tokens = getattr(torch, config.base.dtype), layout.num_tokens
+    _fill(layer, dtype)
     numbers = torch.randn(1, num_tokens, arch.dim, dtype=dtype)
     angles = torch.rand(1, num_tokens, arch.head_dim, dtype=dtype)
     here, is_packed = numbers.device, config.fast.attention
@@ -182,36 +183,53 @@ def _products(config: RunConfig, device: str, tensors: str) -> Any:
     return torch.autocast(tensors, torch.bfloat16, enabled=autocast)
 
 
-def build_layer(config: RunConfig, arch: Architecture) -> Any:
-    """A decoder layer as `train` has it, in training mode."""
+def build_layer(config: RunConfig, arch: Architecture, is_run: bool = False) -> Any:
+    """A decoder layer as `train` has it, in training mode.
+
+    Args:
+        is_run: with numbers, so that what is quantised has to be bitsandbytes' own layers.
+    """
     llama_config = to_llama_config(replace(arch, n_layers=1))
     llama_config._attn_implementation = register()
+    quantization = config.base.quantization
     with torch.device("meta"), AnyNumber():
         model: Any = LlamaForCausalLM(llama_config).to(getattr(torch, config.base.dtype))
+        if quantization != "none" and is_run:
+            make_quantized(model, config.base)
+        elif quantization in ("nf4", "fp4"):
+            stand_in_for_packed(model.model.layers)
         layers, adapter, fast = model.model.layers, config.adapter, config.fast
-        if config.base.quantization in ("nf4", "fp4"):
-            stand_in_for_packed(layers)
         if adapter.method != "none" and adapter.method not in SOFT_PROMPTS:
             # initialisations look at numbers; a layer's memory does not depend on them
             plain = adapter.model_copy(update={"init": type(adapter).model_fields["init"].default})
             model.name_or_path = "base"  # else PEFT warns of a renaming
-            model = get_peft_model(model, method_of(plain).peft_config(plain, "base"))
-    if config.base.quantization == "int8":
+            with copyable(model):
+                model = get_peft_model(model, method_of(plain).peft_config(plain, "base"))
+    if quantization == "int8":
         fast = fast.model_copy(update={"lora": False})  # those layers run PEFT's own code
     speed_up(model, fast)
     return layers[0].train()
 
 
-def _fill(layer: torch.nn.Module) -> None:
+def _fill(layer: torch.nn.Module, dtype: torch.dtype) -> None:
     """Weights, fake where the mode around is, in the place of those that are not there yet."""
     for module in layer.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
-                made = torch.nn.Parameter(_made(parameter), parameter.requires_grad)
-                module._parameters[name] = made
+                module._parameters[name] = _made_like(parameter, module, dtype)
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = _made(buffer)
+
+
+def _made_like(
+    parameter: torch.nn.Parameter, module: torch.nn.Module, dtype: torch.dtype
+) -> torch.nn.Parameter:
+    if type(parameter) is torch.nn.Parameter:
+        return torch.nn.Parameter(_made(parameter), parameter.requires_grad)
+    made = _made(parameter.data.to(dtype))
+    packed: torch.nn.Parameter = quantized_like(parameter, made, module).to(made.device)
+    return packed
 
 
 def _made(tensor: torch.Tensor) -> torch.Tensor:

@@ -249,7 +249,17 @@ def load_model(base: Base, section: BaseSection, device: torch.device) -> LlamaF
             settings["device_map"] = {"": device}
     model = read_weights(base.folder, **settings)
     _keep_4_bit_layout(model)
+    if section.quantization != "none" and device.type == "cpu":
+        _leave_file(model)
     return model
+
+
+def _leave_file(model: LlamaForCausalLM) -> None:
+    """Copies what was not quantised: as long as one tensor lies in the file's pages, memory holds
+    the whole file, full weights included."""
+    for parameter in model.parameters():
+        if type(parameter) is torch.nn.Parameter:
+            parameter.data = parameter.data.clone()
 
 
 def _keep_4_bit_layout(model: LlamaForCausalLM) -> None:

@@ -9,6 +9,7 @@ model's size is allocated, so 405B is planned on a laptop.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -144,8 +145,8 @@ def _seconds(plan: Plan, measure: bool) -> tuple[float | None, str]:
         return None, "not asked for"
     if plan.fits is False:
         return None, "not measured: it does not fit"
-    if config.base.quantization != "none":
-        return None, "not known for a quantised base"
+    if config.base.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        return None, "not known: bitsandbytes is not installed (pip install plumbtune[quant])"
     from finetune import calibration
 
     found = calibration.measure(

@@ -189,7 +189,7 @@ def attached_skeleton(
     """
     llama = _empty_llama(base)
     if quantized is not None:
-        _make_quantized(llama, quantized)
+        make_quantized(llama, quantized)
     if not isinstance(adapter, Path):
         return _attached(llama, adapter, dtype)
     with settings_of(adapter, [name for name, _ in llama.named_modules()]):
@@ -202,7 +202,7 @@ def _attached(llama: LlamaForCausalLM, source: AdapterSource, dtype: torch.dtype
     llama.name_or_path = config.base_model_name_or_path or ""  # else PEFT warns of a renaming
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = False  # the file's weights follow; nothing to initialise
-    with _copyable(llama):
+    with copyable(llama):
         model: Any = get_peft_model(
             llama, config, autocast_adapter_dtype=True, low_cpu_mem_usage=True
         )
@@ -221,7 +221,8 @@ def _empty_llama(base: Base) -> LlamaForCausalLM:
         return LlamaForCausalLM(config).eval()
 
 
-def _make_quantized(llama: LlamaForCausalLM, section: BaseSection) -> None:
+def make_quantized(llama: LlamaForCausalLM, section: BaseSection) -> None:
+    """Puts bitsandbytes' layers, without numbers, in the place of the linear ones."""
     from transformers.integrations import replace_with_bnb_linear
 
     settings = quantization_config(section)
@@ -232,7 +233,7 @@ def _make_quantized(llama: LlamaForCausalLM, section: BaseSection) -> None:
 
 
 @contextlib.contextmanager
-def _copyable(llama: LlamaForCausalLM) -> Iterator[None]:
+def copyable(llama: LlamaForCausalLM) -> Iterator[None]:
     """Plain parameters in the place of 4-bit ones.
 
     DoRA copies a layer to measure its rows, and bitsandbytes' parameters without numbers cannot be.

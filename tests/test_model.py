@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -296,6 +297,19 @@ class TestQuantized:
         with torch.no_grad():
             model.eval()(input_ids=torch.arange(3, 20).unsqueeze(0), use_cache=False)
         assert torch.equal(bnb.dequantize_4bit(weight.data, weight.quant_state), before)
+
+    @pytest.mark.parametrize("kind", ["nf4", "int8"])
+    @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads maps as Linux has them")
+    def test_the_files_pages_are_left(self, bench, kind):
+        """One tensor in them holds all of them: the full weights, beside the packed ones."""
+        base, plain = opened(bench)
+        file = str(next(base.folder.resolve().glob("*.safetensors")))
+        assert file in Path("/proc/self/maps").read_text()
+        embedding = plain.get_input_embeddings().weight.detach().clone()
+        del plain
+        _, model = opened(bench, f"base.quantization={kind}")
+        assert file not in Path("/proc/self/maps").read_text()
+        assert torch.equal(model.get_input_embeddings().weight, embedding)
 
     def test_the_report_counts_what_4_bit_numbers_stand_for(self, bench):
         plain = report_parameters(opened(bench)[1])
