@@ -62,6 +62,8 @@ CONTENDERS = {
     "ours as shipped": Contender("ours"),  # differs where the allocator is glibc's
     "ours in nf4": Contender("ours", ("base.quantization=nf4", *_OURS)),
     "trl packed": Contender("trl_trainer"),
+    "trl packed in nf4": Contender("trl_trainer", ("--nf4",)),
+    "trl packed in nf4 as shipped": Contender("trl_trainer", ("--nf4", "--cast-adapter")),
     "trl padded": Contender("trl_trainer", ("--padded",)),
     "torchtune packed": Contender("torchtune_trainer", (), "torchtune"),
     "litgpt padded": Contender("litgpt_trainer", (), "litgpt"),  # it has no packing

@@ -9,7 +9,7 @@ _COLUMNS = (
     *("", "step, s", "min–max", "tokens/s", "supervised/s", "of TRL packed", "of the roofline"),
     *("memory, MiB", "loss, largest difference"),
 )
-_OTHER_WEIGHTS = ("ours in nf4",)  # whose loss is that of another model
+_REFERENCE, _IN_NF4 = "trl packed", "in nf4"  # a base in 4 bits is another model
 
 
 def lines(run: dict[str, Any], warm: int) -> str:
@@ -60,7 +60,7 @@ def _row(
     memory = statistics.median(
         n["memory_mib"]["peak"] - n["memory_mib"]["after_imports"] for n in notes
     )
-    ratio = rates[name] / rates["trl packed"] if "trl packed" in rates else None
+    ratio = rates[name] / rates[_REFERENCE] if _REFERENCE in rates else None
     return [
         name,
         f"{statistics.median(all_seconds):.3f}",
@@ -84,9 +84,10 @@ def _flops(run: dict[str, Any], name: str, warm: int) -> float:
 
 def _loss_difference(run: dict[str, Any], name: str) -> str:
     """From TRL's losses on the same packs, relative, the largest of all steps."""
-    notes, reference = run["notes"][name][0], run["notes"].get("trl packed")
+    reference_name = f"{_REFERENCE} {_IN_NF4}" if _IN_NF4 in name else _REFERENCE
+    notes, reference = run["notes"][name][0], run["notes"].get(reference_name)
     has_same = _counts(run, name, "tokens") == [step["tokens"] for step in run["useful_flops"]]
-    if reference is None or name in ("trl packed", *_OTHER_WEIGHTS) or not has_same:
+    if reference is None or name == reference_name or not has_same:
         return ""
     pairs = zip(notes["losses"], reference[0]["losses"], strict=True)
     return f"{max(abs(a - b) / b for a, b in pairs):.1e}"

@@ -18,12 +18,16 @@ def main() -> int:
     """Trains on the packs of `steps.json` in their order."""
     parser = contender_parser(__doc__)
     parser.add_argument("--padded", action="store_true")
+    parser.add_argument("--nf4", action="store_true", help="the base in 4 bits")
+    parser.add_argument(
+        "--cast-adapter", action="store_true", help="as TRL does over 4 bits: to bfloat16"
+    )
     args = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
     import torch
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -31,8 +35,17 @@ def main() -> int:
     steps = json.loads((args.folder / "steps.json").read_text(encoding="utf-8"))[: args.steps]
     rows, batch = (single_rows if args.padded else packed_rows)(steps)
     base = args.folder / f"base-{args.dtype}"
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    packed = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    in_4_bits = {"quantization_config": packed} if args.nf4 else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **in_4_bits)
     model = PeftModel.from_pretrained(model, args.folder / "adapter", is_trainable=True)
+    adapter = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     with tempfile.TemporaryDirectory() as output:
         config = SFTConfig(
             output_dir=output,
@@ -57,6 +70,9 @@ def main() -> int:
             processing_class=AutoTokenizer.from_pretrained(base),
             data_collator=DataCollatorForLanguageModeling(0, padding_free=not args.padded),
         )
+        if not args.cast_adapter:
+            for name, first in adapter.items():
+                model.get_parameter(name).data = first
         trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     recorder.write(losses=losses, **counts_of(rows, batch, args.steps))

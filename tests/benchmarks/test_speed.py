@@ -17,14 +17,17 @@ from finetune.config import RunConfig
 from finetune.llama.architecture import PRESETS
 from finetune.workload import flops_of
 
+IN_NF4 = ("ours in nf4", "trl packed in nf4")
+
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory, shared):
     shared("data/alpaca_en_demo.json")
+    pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
     folder = tmp_path_factory.mktemp("speed")
     options = ["--folder", str(folder), "--json", str(folder / "result.json"), "--size", "tiny"]
     options += ["--rounds", "1", "--steps", "5", "--dtype", "float32", "--allocator", "glibc"]
-    names = ["ours", "trl packed", "trl padded", "ours with nothing fast"]
+    names = ["ours", "trl packed", "trl padded", "ours with nothing fast", *IN_NF4]
     assert main([*options, "--only", *names]) == 0
     return json.loads((folder / "result.json").read_text())
 
@@ -39,6 +42,10 @@ class TestTiny:
         for name in ("ours", "ours with nothing fast"):
             for found, expected in zip(notes[name][0]["losses"], reference, strict=True):
                 assert abs(found / expected - 1) < 1e-4
+
+    def test_over_4_bits_too(self, result):
+        ours, trl = (result["runs"][0]["notes"][name][0]["losses"] for name in IN_NF4)
+        assert ours == pytest.approx(trl, rel=1e-4)
 
     def test_tokens_are_counted_alike(self, result):
         run = result["runs"][0]
@@ -102,6 +109,8 @@ def test_losses_of_other_weights_are_not_compared():
     run = run_of([[9, 1, 1, 3], [9, 3, 3, 1]])
     run["notes"] = {"ours in nf4": run["notes"]["ours"], "trl packed": run["notes"]["trl packed"]}
     assert "| 1.0e-03 |" not in table.lines(run, 1)
+    run["notes"]["trl packed in nf4"] = run["notes"]["trl packed"]
+    assert "| 1.0e-03 |" in table.lines(run, 1)
 
 
 def test_losses_of_other_rows_are_not_compared():
