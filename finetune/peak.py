@@ -109,8 +109,8 @@ class _Alive:
 def _alive(config: RunConfig, budget: Budget, work: Workload, cluster: Cluster) -> _Alive:
     """The peak is where the head runs, or where the backward pass begins.
 
-    Gradients of what trains are counted by themselves. All weights of one micro-batch have theirs
-    only as its activations go, so that at the beginning they are not there yet.
+    Gradients of what trains are counted by themselves. Those of a single micro-batch are there only
+    as its activations go, and not yet at the beginning, but for the head's.
     """
     from finetune.footprint import head_footprint, layer_footprints, pinned
 
@@ -130,9 +130,11 @@ def _alive(config: RunConfig, budget: Budget, work: Workload, cluster: Cluster) 
     # the backward pass of the last layer, or of the one before it
     in_layers = width + max(here + last.peak, max(here - middle.kept, 0) + middle.peak)
     at_head = width + here + (0 if offloads else last.kept) + head.peak
-    if config.adapter.method == "none" and work.micro_batches == cluster.count == 1:
-        heads = budget.parameters.head or budget.parameters.embedding
-        of_head = heads * int(BYTES[config.base.dtype])
+    if work.micro_batches == cluster.count == 1:
+        of_head = 0
+        if config.adapter.method == "none":
+            heads = budget.parameters.head or budget.parameters.embedding
+            of_head = heads * int(BYTES[config.base.dtype])
         in_layers = max(in_layers + of_head - budget.gradients, width + middle.peak)
         at_head -= budget.gradients
     return _Alive(

@@ -211,9 +211,10 @@ def test_vectors_before_the_text_take_memory(config):
 
 
 def test_sharding_divides_what_is_held_and_gathers_a_layer(config):
-    alone = plan_of(config("llama3.1-70b"), cluster()).bytes_by_part
-    ddp = plan_of(config("llama3.1-70b"), cluster(count=8)).bytes_by_part
-    fsdp = plan_of(config("llama3.1-70b"), cluster(count=8, sharding="fsdp")).bytes_by_part
+    asked = config("llama3.1-70b", "train.gradient_accumulation_steps=2")
+    alone = plan_of(asked, cluster()).bytes_by_part
+    ddp = plan_of(asked, cluster(count=8)).bytes_by_part
+    fsdp = plan_of(asked, cluster(count=8, sharding="fsdp")).bytes_by_part
     assert ddp == {**alone, "buckets": alone["gradients"]}
     for part in ("base", "adapter", "gradients", "optimizer"):
         assert fsdp[part] == alone[part] // 8
@@ -238,6 +239,7 @@ def test_the_405b_model_has_activations_without_allocating_one(config):
 @pytest.mark.parametrize("recomputed", ["false", "true"])
 def test_offloaded_activations_are_the_computers(config, recomputed):
     settings = ["data.max_length=4096", f"train.activation_checkpointing={recomputed}"]
+    settings += ["train.gradient_accumulation_steps=2"]  # else gradients take their place
     here = plan_of(config("llama3.1-8b", *settings), cluster())
     away = plan_of(config("llama3.1-8b", *settings, "train.activation_offloading=true"), cluster())
     moved = here.bytes_by_part["activations"] - away.bytes_by_part["activations"]
@@ -375,6 +377,19 @@ def test_gradients_take_the_place_of_activations(config, micro_batches):
     beside = parts["activations"] + parts["logits"]
     assert (beside > at_most) == (micro_batches == 2)
     assert beside + parts["gradients"] > at_most
+
+
+def test_those_of_an_adapter_too(config):
+    one, two = (
+        plan_of(
+            config("llama3.2-1b", "adapter.r=64", f"train.gradient_accumulation_steps={count}"),
+            cluster(),
+        ).bytes_by_part
+        for count in (1, 2)
+    )
+    assert one["activations"] + one["logits"] + one["gradients"] == (
+        two["activations"] + two["logits"]
+    )
 
 
 def test_a_layers_time_is_measured(bench):
