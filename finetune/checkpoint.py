@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from finetune import artifact
 from finetune.artifact import write_json
+from finetune.config import TrainSection
 from finetune.errors import CannotContinue, CheckFailed, InputError
 from finetune.llama.weight_files import tensors_in
 from finetune.state_files import (
@@ -53,7 +54,12 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     found = [p for p in checkpoints.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step after which a checkpoint was written; 0 where its folder has another name."""
+    return int(folder.name.removeprefix("step-")) if _STEP.fullmatch(folder.name) else 0
 
 
 def find_resumable(checkpoints: Path, resume: str) -> Path | None:
@@ -126,26 +132,29 @@ _MOMENTS = {"sgd": 0.0, "adamw_8bit": 0.5, "paged_adamw_8bit": 0.5}  # of the we
 _SPARE_BYTES = 16 << 20  # RNG states, JSON, what the file system itself takes
 
 
-def refuse_small_disk(model: torch.nn.Module, optim: str, keep: int, folder: Path) -> None:
+def refuse_small_disk(
+    model: torch.nn.Module, train: TrainSection, num_steps: int, folder: Path
+) -> None:
     """Compares the disk with what a run's checkpoints and its result will take.
 
     Args:
-        optim: `train.optim`.
-        keep: checkpoints kept; one more is there while it is written.
+        num_steps: that are to come.
         folder: of the run.
 
     Raises:
         CannotContinue: they do not fit.
     """
     weights = sum(p.numel() * p.element_size() for p in trained_parameters(model).values())
-    one = int(weights * (1 + _MOMENTS.get(optim, 2.0))) + _SPARE_BYTES
-    needed = one * (keep + 1 - len(list_checkpoints(folder / "checkpoints"))) + weights
-    free = shutil.disk_usage(folder).free
+    one = int(weights * (1 + _MOMENTS.get(train.optim, 2.0))) + _SPARE_BYTES
+    existing = list_checkpoints(folder / "checkpoints")
+    room = train.checkpoints_at_once(None) - len(existing)
+    count = max(min(room, train.most_saves(num_steps)), 1)
+    needed, free = one * count + weights, shutil.disk_usage(folder).free
     if free < needed:
         raise CannotContinue(
-            f"{folder}: {free:,} bytes are free; {keep} checkpoints of {one:,} bytes, one more "
-            f"while it is written, and the result need {needed:,}. Make room, choose another "
-            "run.dir, or keep fewer (train.save_total_limit)"
+            f"{folder}: {free:,} bytes are free; {count} more checkpoints of {one:,} bytes and the "
+            f"result need {needed:,}. Make room, choose another run.dir, or keep fewer "
+            "(train.save_total_limit)"
         )
 
 

@@ -116,6 +116,7 @@ def plan_of(
     cluster = cluster or Cluster(this_machine())
     budget, work = budget_of(config, arch), workload_of(config, cluster.count, data)
     peak = peak_of(config, budget, work, cluster)
+    saves = None if work.num_steps is None else config.train.most_saves(work.num_steps)
     plan = Plan(
         config,
         budget,
@@ -126,7 +127,7 @@ def plan_of(
         None,
         "not asked for",
         checkpoint_bytes=budget.gradients + budget.optimizer,
-        checkpoints=config.train.most_checkpoints(work.num_steps) + 1,
+        checkpoints=config.train.checkpoints_at_once(saves),
         offloaded_bytes=peak.offloaded,
     )
     seconds, timing = _seconds(plan, with_time)

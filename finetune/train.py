@@ -112,10 +112,11 @@ def _train(loaded: Loaded, run: RunFolder, allowed: Sequence[str]) -> list[str]:
     if is_first_rank():
         _say(stages.describe_steps(parts, trainer.ours.plan))
         stages.warn_of_last_weights(config)
-        num_steps = steps_of(config, data, trainer.ours.plan).total
-        keep = config.train.most_checkpoints(num_steps)
-        checkpoint.refuse_small_disk(model, config.train.optim, keep, run.path)
     resumed = resume.choose_checkpoint(parts, run, is_first_rank(), allowed)
+    if is_first_rank():
+        done = 0 if resumed is None else checkpoint.step_of(resumed)
+        num_steps = steps_of(config, data, trainer.ours.plan).total - done
+        checkpoint.refuse_small_disk(model, config.train, num_steps, run.path)
     if config.fast.allocator and trainer.args.device.type == "cpu":
         keep_freed_memory()
     with stop_on_signals() as flag:

@@ -13,10 +13,11 @@ from finetune.budget import budget_of
 from finetune.config.adapter import SETTINGS, SOFT_PROMPTS
 from finetune.config.loader import load
 from finetune.devices import DEVICES, Cluster, Device
-from finetune.footprint import AnyNumber
+from finetune.footprint import AnyNumber, layer_footprints
 from finetune.llama.architecture import PRESETS, to_llama_config
 from finetune.methods import method_of
 from finetune.plan import plan_of
+from finetune.workload import MicroBatch
 
 TINY = """\
 recipe: sft
@@ -72,27 +73,43 @@ def test_what_a_method_holds_is_what_peft_holds(config, method):
     assert budget_of(asked).adapter == trained + buffers
 
 
-# Of the seven projections, forward and backward, in three places; nobody asks the first layer's
-# q, k and v for a gradient of their input.
-UNPACKED = 7 * 2 * 3 - 3
+# Of the seven projections in three places; the backward pass asks the first layer's q, k and v for
+# no gradient of their input.
+FORWARD, BACKWARD = 7 * 3, 7 * 3 - 3
 
 
 @pytest.mark.parametrize(
-    ("method", "quantization", "times"),
+    ("settings", "unpacked", "multiplied"),
     [
-        ("lora", "nf4", UNPACKED),
-        ("lora", "fp4", UNPACKED),
-        ("dora", "nf4", UNPACKED + 7 * 3),  # its norms read the weight too
-        ("lora", "int8", 0),  # bitsandbytes writes that in torch's own operations
+        (["base.quantization=nf4"], FORWARD + BACKWARD, 0),
+        (["base.quantization=fp4"], FORWARD + BACKWARD, 0),
+        (["base.quantization=nf4", "fast.lora=false"], BACKWARD, FORWARD),
+        # DoRA's norms read the weight too
+        (["base.quantization=nf4", "adapter.method=dora"], FORWARD + BACKWARD, FORWARD),
     ],
 )
-def test_a_quantised_layer_is_timed_as_it_trains(
-    tmp_path, monkeypatch, method, quantization, times
+def test_a_packed_layer_is_timed_as_it_trains(
+    tmp_path, monkeypatch, settings, unpacked, multiplied
 ):
     pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
-    file = tmp_path / "plan.yaml"
+    asked = operations_timed(tmp_path, monkeypatch, settings)
+    assert asked["bitsandbytes::dequantize_4bit"] == unpacked
+    assert asked["bitsandbytes::gemm_4bit"] == multiplied
+
+
+def test_a_layer_of_8_bits_is_timed_as_it_trains(tmp_path, monkeypatch):
+    """bitsandbytes writes it in torch's own operations: the weight is cast for each product."""
+    pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
+    settings = ["fast.lora=false"]  # as those layers train
+    packed = operations_timed(tmp_path, monkeypatch, ["base.quantization=int8", *settings])
+    plain = operations_timed(tmp_path, monkeypatch, settings)
+    assert packed["aten::_to_copy"] - plain["aten::_to_copy"] > FORWARD
+
+
+def operations_timed(folder, monkeypatch, settings) -> Counter[str]:
+    """What torch is asked for while a layer is timed, each place once."""
+    file = folder / "plan.yaml"
     file.write_text(TINY)
-    config = load(file, (f"adapter.method={method}", f"base.quantization={quantization}")).config
     asked: Counter[str] = Counter()
 
     def once(run):
@@ -101,10 +118,39 @@ def test_a_quantised_layer_is_timed_as_it_trains(
         return 1.0
 
     monkeypatch.setattr(calibration, "_timed", once)
-    plan = plan_of(config, Cluster(Device("cpu", "cpu", None, None)))
-    assert plan.seconds is not None
-    found = [asked[f"bitsandbytes::{name}"] for name in ("dequantize_4bit", "gemm_4bit")]
-    assert sum(found) == times
+    config = load(file, settings).config
+    assert plan_of(config, Cluster(Device("cpu", "cpu", None, None))).seconds is not None
+    return asked
+
+
+BATCH = MicroBatch([512], 256)
+
+
+@pytest.mark.parametrize("targets", ["all", "[q_proj, v_proj]"])
+@pytest.mark.parametrize(
+    "settings", [[], ["fast.lora=false"], ["base.dtype=float16"], ["adapter.method=dora"]], ids=str
+)
+def test_the_weight_that_is_unpacked_is_counted(tmp_path, targets, settings):
+    """Few tokens: the largest weight of a layer is most of what there is."""
+    file = tmp_path / "plan.yaml"
+    file.write_text(CONFIG.replace("llama3.2-1b", "llama3.1-8b"))
+    overrides = [*([] if "dtype" in str(settings) else ["base.dtype=bfloat16"]), *settings]
+    overrides += [] if targets == "all" else [f"adapter.target_modules={targets}"]
+    plain, packed = (
+        layer_footprints(
+            load(file, [*overrides, f"base.quantization={kind}"]).config,
+            PRESETS["llama3.1-8b"],
+            BATCH,
+            "cuda",
+        ).middle
+        for kind in ("none", "nf4")
+    )
+    largest = 14336 * 4096 * 2
+    assert packed.kept == plain.kept
+    if "dora" in str(settings):  # whose norms need as much at another time
+        assert packed.peak >= plain.peak
+    else:
+        assert largest / 2 < packed.peak - plain.peak < 1.25 * largest
 
 
 class Asked(TorchDispatchMode):

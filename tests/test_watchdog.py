@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 
 import pytest
 import torch
@@ -225,42 +224,6 @@ class TestNotFinite:
         with pytest.raises(CannotContinue) as caught:
             train(bench.load("train.max_steps=5"))
         assert f"rows whose loss is not finite: {found['rows'][0]}." in str(caught.value)
-
-
-class TestDisk:
-    def test_a_disk_too_small_is_said_before_the_first_step(self, bench, monkeypatch):
-        usage = shutil.disk_usage(bench.folder)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
-        with pytest.raises(CannotContinue, match="10,000,000 bytes are free; 2 checkpoints of"):
-            train(bench.load("train.max_steps=3"))
-        run = bench.run_folder()
-        assert run.state()["exit_code"] == 4
-        assert not losses_of(run)
-
-    def test_no_more_checkpoints_are_asked_for_than_the_run_makes(self, bench, monkeypatch):
-        """A limit far above them is no reason to refuse a disk that has room."""
-        usage = shutil.disk_usage(bench.folder)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000_000))
-        run = bench.train("train.max_steps=3", "train.save_total_limit=500")
-        assert len(list(run.checkpoints.glob("step-*"))) == 1
-
-    @pytest.mark.parametrize("limit", [2, 3, 50])
-    @pytest.mark.parametrize("best", ["true", "false"])
-    def test_the_most_on_the_disk_is_what_was_said(self, bench, monkeypatch, best, limit):
-        most, real = 0, checkpoint.prune
-
-        def counting(checkpoints, *args):
-            nonlocal most
-            most = max(most, len(checkpoint.list_checkpoints(checkpoints)))
-            real(checkpoints, *args)
-
-        monkeypatch.setattr(checkpoint, "prune", counting)
-        settings = ("max_steps=5", "save_steps=2", "eval_steps=1", f"save_total_limit={limit}")
-        overrides = [f"train.{s}" for s in (*settings, f"load_best_model_at_end={best}")]
-        bench.train(*overrides)
-        said = bench.load(*overrides).config.train.most_checkpoints(5)
-        assert said <= limit + (best == "true")
-        assert 2 <= most <= said + 1, "one more while it is written"
 
 
 def losses_of(run) -> list[float]:

@@ -34,7 +34,8 @@ class BaseSection(Section):
     """Tokenizer folder or file, where the base brings none; needed with `architecture`."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type the base's weights are held in; with quantisation, the type it computes in."""
+    """Type the base's weights are held in; with quantisation, the type it computes in,
+    where `train.bf16` does not say another."""
 
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
     """Storage of the frozen base's linear layers through bitsandbytes; needs an adapter."""

@@ -153,17 +153,18 @@ class TrainSection(Section):
             return {**data, "num_train_epochs": 1.0}
         return data
 
-    def most_checkpoints(self, num_steps: int | None) -> int:
-        """Those on the disk at once, without the one being written: the newest
-        `save_total_limit` and the best, or fewer where a run never makes so many.
+    def most_saves(self, num_steps: int) -> int:
+        """Checkpoints that one process writes in so many steps, at most: those that are due, one
+        where it is stopped, and where the best is kept, one an evaluation."""
+        evaluated = self.load_best_model_at_end
+        evaluations = math.ceil(num_steps / (self.eval_steps or num_steps or 1)) * evaluated
+        return math.ceil(num_steps / self.save_steps) + 1 + evaluations
+
+    def checkpoints_at_once(self, num_saves: int | None) -> int:
+        """Those on the disk while one is written: the `save_total_limit` newest, the best and it.
 
         Args:
-            num_steps: of the run; None where nothing tells.
+            num_saves: of the run, which may be fewer; None where nothing tells.
         """
-        best = self.load_best_model_at_end
-        if num_steps is None:
-            return self.save_total_limit + best
-        saved = math.ceil(num_steps / self.save_steps) + 1  # a stop saves one more
-        if best:
-            saved += math.ceil(num_steps / (self.eval_steps or num_steps))
-        return min(self.save_total_limit, saved) + best
+        most = self.save_total_limit + self.load_best_model_at_end + 1
+        return most if num_saves is None else min(most, num_saves)

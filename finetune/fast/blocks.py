@@ -2,7 +2,7 @@
 
 Only `forward` of attention, MLP and norms is replaced, on the instances of one model, and only
 while gradients are recorded: evaluation, generation and every other loader run the libraries' own
-code. A projection that `lora.projections_of` does not know as plain LoRA runs it in training too.
+code. A projection that `lora.projection_of` does not know as plain LoRA runs it in training too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from finetune.fast.lora import (
     Projection,
     project,
     project_swiglu,
-    projections_of,
+    projection_of,
     type_of_products,
 )
 from finetune.fast.place import on_cpu
@@ -142,9 +142,9 @@ def _mlp(self: Any, parts: FastSection, x: torch.Tensor) -> torch.Tensor:
     gate, up = _together(x, parts, (self.gate_proj, self.up_proj))
     if not parts.pointwise:
         return _together(self.act_fn(gate) * up, parts, (self.down_proj,))[0]
-    down = _fast_projections(gate, parts, (self.down_proj,))
-    if down is not None and down[0].dropout is None:
-        return project_swiglu(gate, up, down[0], parts.products)
+    down = _fast_projection(gate, parts, self.down_proj)
+    if down is not None and down.dropout is None:
+        return project_swiglu(gate, up, down, parts.products)
     return _together(swiglu(gate, up), parts, (self.down_proj,))[0]
 
 
@@ -154,20 +154,23 @@ def _norm(self: Any, parts: FastSection, hidden_states: torch.Tensor) -> torch.T
 
 def _together(
     x: torch.Tensor, parts: FastSection, layers: tuple[torch.nn.Module, ...]
-) -> tuple[torch.Tensor, ...]:
-    """What layers make of one input."""
-    projections = _fast_projections(x, parts, layers)
-    if projections is None:
-        return tuple(layer(x) for layer in layers)
-    return project(x, projections, parts.products)
+) -> list[torch.Tensor]:
+    """What layers make of one input: those under plain LoRA together, the others by themselves."""
+    found = [_fast_projection(x, parts, layer) for layer in layers]
+    fast = [projection for projection in found if projection is not None]
+    made = iter(project(x, fast, parts.products) if fast else ())
+    return [
+        layer(x) if projection is None else next(made)
+        for layer, projection in zip(layers, found, strict=True)
+    ]
 
 
-def _fast_projections(
-    x: torch.Tensor, parts: FastSection, layers: tuple[torch.nn.Module, ...]
-) -> list[Projection] | None:
-    """None where the layers run themselves."""
-    projections = projections_of(layers) if parts.lora else None
+def _fast_projection(
+    x: torch.Tensor, parts: FastSection, layer: torch.nn.Module
+) -> Projection | None:
+    """None where the layer runs itself."""
+    projection = projection_of(layer) if parts.lora else None
     # float16 ends at 6e-8: the small gradients inside an adapter need PEFT's float32 products
-    if projections is None or type_of_products(x, projections[0].weight.dtype) == torch.float16:
+    if projection is None or type_of_products(x, projection.weight.dtype) == torch.float16:
         return None
-    return projections
+    return projection

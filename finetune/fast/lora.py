@@ -46,18 +46,13 @@ class Projection:
     dropout: torch.nn.Module | None
 
 
-def projections_of(layers: Sequence[torch.nn.Module]) -> list[Projection] | None:
-    """What `project` needs of PEFT's layers; None where one of them is not plain LoRA.
+def projection_of(layer: Any) -> Projection | None:
+    """What `project` needs of a layer; None where it is not plain LoRA.
 
     Plain is: a `torch.nn.Linear` or bitsandbytes' of 4 bits under exactly one active adapter,
     without bias, without a variant (DoRA and its like), neither merged nor disabled. Everything
     else stays PEFT's own.
     """
-    found = [_projection_of(layer) for layer in layers]
-    return None if None in found else [p for p in found if p is not None]
-
-
-def _projection_of(layer: Any) -> Projection | None:
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
         return None
     weight, active = frozen_weight_of(layer), layer.active_adapters

@@ -7,6 +7,8 @@ import copy
 import torch
 from peft import LoraConfig, get_peft_model
 
+from finetune.fast.lora import projection_of
+
 ALL = [*("q_proj", "k_proj", "v_proj", "o_proj"), *("gate_proj", "up_proj", "down_proj")]
 
 
@@ -18,3 +20,8 @@ def with_adapter(model, **settings):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return adapted.train()
+
+
+def projections_of(layers):
+    """Of each layer; None where it is not plain LoRA."""
+    return [projection_of(layer) for layer in layers]

@@ -133,6 +133,27 @@ def test_adapters_on_some_layers_and_of_other_kinds(tiny_llama, settings):
     assert distance(*found) < FAST_GRADIENT_FLOAT32
 
 
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["k_proj", "up_proj", "down_proj"], ["gate_proj", "o_proj"]]
+)
+def test_layers_without_an_adapter_leave_the_others_theirs(tiny_llama, monkeypatch, targets):
+    """q and v alone are the LoRA paper's choice."""
+    model = with_adapter(tiny_llama(), target_modules=targets, lora_dropout=0.3)
+    taken, real = [], blocks.projection_of
+
+    def noting(layer):
+        projection = real(layer)
+        taken.extend([] if projection is None else [layer])
+        return projection
+
+    monkeypatch.setattr(blocks, "projection_of", noting)
+    found = both(model, FastSection())
+    assert {id(layer) for layer in taken} == {
+        id(m) for n, m in model.named_modules() if n.endswith(tuple(targets))
+    }
+    assert distance(*found) < FAST_GRADIENT_FLOAT32
+
+
 def test_all_weights_may_train(tiny_llama):
     model = copy.deepcopy(tiny_llama("llama3.2-1b")).train()
     assert distance(*both(model, FastSection())) < FAST_GRADIENT_FLOAT32

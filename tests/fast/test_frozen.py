@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from adapted import with_adapter
+from adapted import projections_of, with_adapter
 from peft import LoraConfig, get_peft_model
 from test_blocks import ALIKE, DOCUMENTS, OFF, distance, losses_and_gradients
 from test_lora import kept_bytes, largest_difference, outputs_and_gradients
@@ -16,7 +16,7 @@ from torch import nn
 from finetune.config import FastSection
 from finetune.fast.blocks import speed_up
 from finetune.fast.frozen import PackedStandIn, stand_in_for_packed
-from finetune.fast.lora import project, projections_of
+from finetune.fast.lora import project
 from finetune.fast.offload import offloaded
 from finetune.footprint import LiveBytes
 
@@ -116,8 +116,7 @@ def test_a_packed_llama_trains_as_with_the_libraries_layers(
     speed_up(model, FastSection())
     if recomputed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    attention = "k_proj"
-    assert projections_of([getattr(m, attention) for m in model.modules() if hasattr(m, attention)])
+    assert None not in projections_of(m for n, m in model.named_modules() if n.endswith("_proj"))
     found = losses_and_gradients(model, FastSection(), documents)
     expected = losses_and_gradients(plain, OFF, documents)
     assert distance(found, expected) < FAST_GRADIENT_FLOAT32
@@ -139,19 +138,27 @@ def test_autocast_decides_the_type_of_the_products(tiny_llama):
         lambda: adapted(use_dora=True),
         lambda: adapted(bias=True),
         lambda: _with(adapted(), "compute_dtype", None),
+        lambda: _without_state(adapted()),
         lambda: _in_the_layout_of_inference(adapted(torch.bfloat16)),
         lambda: _in_8_bits(),
     ],
-    ids=["dora", "bias", "no type", "another layout", "int8"],
+    ids=["dora", "bias", "no type", "no state", "another layout", "int8"],
 )
 def test_what_is_not_plain_is_left_to_peft(change):
-    assert projections_of(layers_of(change())) is None
-    assert projections_of(layers_of(adapted())) is not None
+    assert None in projections_of(layers_of(change()))
+    assert None not in projections_of(layers_of(adapted()))
 
 
 def _with(model, name: str, value):
     for layer in layers_of(model):
         setattr(layer.base_layer, name, value)
+    return model
+
+
+def _without_state(model):
+    """As FSDP leaves the weights; bitsandbytes' layers put it back."""
+    for layer in layers_of(model):
+        layer.base_layer.weight.quant_state = None
     return model
 
 
