@@ -22,7 +22,7 @@ class FastSection(Section):
     what needs more (DoRA, int8, float16 …) is PEFT's own in any case."""
 
     products: bool = True
-    """Where a CPU has AVX-512 and is not Intel's, the float32 products of `lora` and `loss` by
+    """Where a CPU has AVX-512 and is not Intel's, the float32 products of training by
     oneDNN, which uses it; false: by MKL, which does not, as torch has them. Where products are
     oneDNN's, bfloat16 included, rows are filled up to a multiple of 16 tokens, and `last_layer`
     waits until it saves more than its kernels for new sizes cost; false: neither."""

@@ -1,8 +1,9 @@
 """A Llama's layers with the fast parts put in: the same parameters under the same names.
 
-Only `forward` of attention, MLP and norms is replaced, on the instances of one model, and only
-while gradients are recorded: evaluation, generation and every other loader run the libraries' own
-code. A projection that `lora.projection_of` does not know as plain LoRA runs it in training too.
+Only `forward` of attention, MLP, norms and linear layers is replaced, on the instances of one
+model, and only while gradients are recorded: evaluation, generation and every other loader run the
+libraries' own code. A projection that `lora.projection_of` does not know as plain LoRA runs it in
+training too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers.models.llama.modeling_llama import (
 from finetune.config import FastSection
 from finetune.fast.attention import DOCUMENT_ATTENTION, document_attention
 from finetune.fast.beginnings import draws_dropout
+from finetune.fast.linear import goes_to_onednn, linear
 from finetune.fast.lora import (
     Projection,
     project,
@@ -39,7 +41,7 @@ LEAST_SAVED = 1 << 33
 
 
 def speed_up(model: torch.nn.Module, parts: FastSection) -> None:
-    """Replaces `forward` of a model's attention, MLP and norms, as far as `parts` says.
+    """Replaces `forward` of a model's attention, MLP, norms and linear layers, as `parts` says.
 
     Args:
         model: a Llama on `document_attention`, with or without an adapter; changed in place.
@@ -51,6 +53,8 @@ def speed_up(model: torch.nn.Module, parts: FastSection) -> None:
         ours[LlamaRMSNorm] = _norm
     if parts.last_layer:
         ours[LlamaDecoderLayer] = _layer
+    if parts.products:
+        ours[torch.nn.Linear] = _linear
     for module in model.modules():
         if type(module) in ours:
             forward = _while_gradients_are_recorded(ours[type(module)], parts)
@@ -146,6 +150,13 @@ def _mlp(self: Any, parts: FastSection, x: torch.Tensor) -> torch.Tensor:
     if down is not None and down.dropout is None:
         return project_swiglu(gate, up, down, parts.products)
     return _together(swiglu(gate, up), parts, (self.down_proj,))[0]
+
+
+def _linear(self: Any, parts: FastSection, x: torch.Tensor) -> torch.Tensor:
+    if goes_to_onednn(self, x, parts.products):
+        return linear(x, self.weight)
+    result: torch.Tensor = type(self).forward(self, x)
+    return result
 
 
 def _norm(self: Any, parts: FastSection, hidden_states: torch.Tensor) -> torch.Tensor:
