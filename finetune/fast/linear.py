@@ -28,26 +28,22 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         x: (…, in), float32 on a CPU.
         weight: (out, in).
     """
-    result: torch.Tensor = _Linear.apply(x, weight)
-    return result
+    # a view that autograd knows of: PEFT's methods add to it in place
+    result: torch.Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight)
+    return result.view(*x.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(flat if weight.requires_grad else None, weight)
-        return times(flat, weight, onednn=True).view(*x.shape[:-1], -1)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return times(x, weight, onednn=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        flat, weight = ctx.saved_tensors
-        # the gradient of a sum is one number with a stride of 0, which makes oneDNN slow
-        rows = dy.reshape(-1, dy.shape[-1]).contiguous()
-        dx = dweight = None
-        if ctx.needs_input_grad[0]:
-            dx = times(rows, weight.t(), onednn=True).view(*dy.shape[:-1], -1)
-        if ctx.needs_input_grad[1]:
-            dweight = times(rows.t(), flat.t(), onednn=True)
+        x, weight = ctx.saved_tensors
+        dy = dy.contiguous()  # that of a sum has a stride of 0, which makes oneDNN slow
+        dx = times(dy, weight.t(), onednn=True) if ctx.needs_input_grad[0] else None
+        dweight = times(dy.t(), x.t(), onednn=True) if ctx.needs_input_grad[1] else None
         return dx, dweight

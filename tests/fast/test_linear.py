@@ -54,6 +54,17 @@ def test_the_gradient_of_a_sum_is_that_of_any_other():
     assert largest_difference([dx], [weight.double().sum(0).expand(40, 16)]) < FAST_FLOAT32
 
 
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 5, 16)], ids=str)
+def test_a_method_may_add_to_the_result_in_place(shape):
+    """As AdaLoRA does, which a view of a function's result would forbid."""
+    x, weight = torch.randn(shape, requires_grad=True), LAYER.weight.detach()
+    y = linear(x, weight)
+    y += 2 * x[..., :12]
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    two = torch.tensor([2.0] * 12 + [0.0] * 4, dtype=torch.float64)
+    assert largest_difference([dx], [(weight.double().sum(0) + two).expand(shape)]) < FAST_FLOAT32
+
+
 def test_which_products_go(library):
     x, onednn = torch.randn(3, 16), library == "onednn"
     assert goes_to_onednn(LAYER, x, True) is onednn
