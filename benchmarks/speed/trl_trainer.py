@@ -36,16 +36,19 @@ def main() -> int:
     rows, batch = (single_rows if args.padded else packed_rows)(steps)
     base = args.folder / f"base-{args.dtype}"
     dtype = getattr(torch, args.dtype)
-    packed = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    in_4_bits = {"quantization_config": packed} if args.nf4 else {}
+    in_4_bits = {}
+    if args.nf4:
+        in_4_bits["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **in_4_bits)
     model = PeftModel.from_pretrained(model, args.folder / "adapter", is_trainable=True)
-    adapter = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    keeps_adapter = args.nf4 and not args.cast_adapter
+    trained = [p for p in model.parameters() if p.requires_grad]
+    first = [p.detach().clone() for p in trained] if keeps_adapter else []
     with tempfile.TemporaryDirectory() as output:
         config = SFTConfig(
             output_dir=output,
@@ -70,9 +73,9 @@ def main() -> int:
             processing_class=AutoTokenizer.from_pretrained(base),
             data_collator=DataCollatorForLanguageModeling(0, padding_free=not args.padded),
         )
-        if not args.cast_adapter:
-            for name, first in adapter.items():
-                model.get_parameter(name).data = first
+        if keeps_adapter:
+            for parameter, numbers in zip(trained, first, strict=True):
+                parameter.data = numbers
         trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     recorder.write(losses=losses, **counts_of(rows, batch, args.steps))
