@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from asked import Asked
 
 from finetune import calibration
 from finetune.budget import budget_of
@@ -110,17 +110,17 @@ def operations_timed(folder, monkeypatch, settings) -> Counter[str]:
     """What torch is asked for while a layer is timed, each place once."""
     file = folder / "plan.yaml"
     file.write_text(TINY)
-    asked: Counter[str] = Counter()
+    asked = Asked()
 
     def once(run):
-        with Asked(asked):
+        with asked:
             run()
         return 1.0
 
     monkeypatch.setattr(calibration, "_timed", once)
     config = load(file, settings).config
     assert plan_of(config, Cluster(Device("cpu", "cpu", None, None))).seconds is not None
-    return asked
+    return asked.counts
 
 
 BATCH = MicroBatch([512], 256)
@@ -151,15 +151,3 @@ def test_the_weight_that_is_unpacked_is_counted(tmp_path, targets, settings):
         assert packed.peak >= plain.peak
     else:
         assert largest / 2 < packed.peak - plain.peak < 1.25 * largest
-
-
-class Asked(TorchDispatchMode):
-    """Counts the operations that torch is asked for."""
-
-    def __init__(self, asked: Counter[str]) -> None:
-        super().__init__()
-        self.asked = asked
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.asked[func.name().rsplit(".", 1)[0]] += 1
-        return func(*args, **(kwargs or {}))

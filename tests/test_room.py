@@ -90,9 +90,8 @@ def test_a_run_that_was_stopped_writes_one_more(bench, monkeypatch, most):
     settings = [f"train.{s}" for s in ("max_steps=5", "save_steps=2", "save_total_limit=50")]
     stopped_at(bench, monkeypatch, 3, *settings, action=lambda _: signal.raise_signal(2))
     run = bench.train(*settings)
-    assert [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(run.checkpoints)] == [
-        *(2, 3, 4, 5)
-    ]
+    kept = checkpoint.list_checkpoints(run.checkpoints)
+    assert [checkpoint.step_of(folder) for folder in kept] == [2, 3, 4, 5]
     assert max(most) == bench.load(*settings).config.train.most_saves(5)
 
 

@@ -186,8 +186,8 @@ class _Projections(torch.autograd.Function):
             dfactor: torch.Tensor | None = None
             ddropped: list[torch.Tensor | None] = [None] * n
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-                weights = [t[0] for t in triples]
-                dx = _through_weights(dys, weights, ctx.packings, dtype, onednn)
+                bases = [weight for weight, _, _ in triples]
+                dx = _through_weights(dys, bases, ctx.packings, dtype, onednn)
             for i, (dh, down) in enumerate(zip(dhidden, downs, strict=True)):
                 if inputs[i] is not None and ctx.needs_input_grad[6 + i]:
                     ddropped[i] = times(dh, down.t(), onednn).view(ctx.shape).to(ctx.x_dtype)

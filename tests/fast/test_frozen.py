@@ -9,7 +9,14 @@ import torch
 from adapted import projections_of, with_adapter
 from peft import LoraConfig, get_peft_model
 from test_blocks import ALIKE, DOCUMENTS, OFF, distance, losses_and_gradients
-from test_lora import kept_bytes, largest_difference, outputs_and_gradients
+from test_lora import (
+    NAMES,
+    Three,
+    kept_bytes,
+    largest_difference,
+    layers_of,
+    outputs_and_gradients,
+)
 from tolerances import FAST_BFLOAT16, FAST_FLOAT32, FAST_GRADIENT_FLOAT32
 from torch import nn
 
@@ -23,7 +30,6 @@ from finetune.footprint import LiveBytes
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
 pytestmark = pytest.mark.usefixtures("library")
 
-NAMES = ("q", "k", "v")
 WIDTH, OUTS = 128, (192, 128, 128)
 TYPES = [(torch.float32, FAST_FLOAT32), (torch.bfloat16, FAST_BFLOAT16)]
 
@@ -37,7 +43,7 @@ def packed(linear: nn.Linear, dtype, kind="nf4", double=True, bias=False) -> nn.
     layer.weight = bitsandbytes.nn.Params4bit(
         weight, requires_grad=False, compress_statistics=double, quant_type=kind, module=layer
     )
-    layer.support_avx512bf16_for_cpu = False  # as `model.read_weights` leaves it
+    layer.support_avx512bf16_for_cpu = False  # as `load_model` leaves it
     return layer.to("cpu")
 
 
@@ -50,20 +56,10 @@ def pack_linears(model: nn.Module, dtype=torch.float32, **how) -> nn.Module:
     return model
 
 
-class Three(nn.Module):
-    def __init__(self, bias: bool = False) -> None:
-        super().__init__()
-        for name, out in zip(NAMES, OUTS, strict=True):
-            setattr(self, name, nn.Linear(WIDTH, out, bias=bias))
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [getattr(self, name)(x) for name in NAMES]
-
-
 def adapted(dtype=torch.float32, *, bias=False, how=None, **settings):
     torch.manual_seed(0)
     settings = {"r": 4, "lora_alpha": 6, "target_modules": [*NAMES], **settings}
-    base = pack_linears(Three(bias), dtype, bias=bias, **(how or {}))
+    base = pack_linears(Three(bias, WIDTH, OUTS), dtype, bias=bias, **(how or {}))
     model = get_peft_model(base, LoraConfig(**settings))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -71,13 +67,9 @@ def adapted(dtype=torch.float32, *, bias=False, how=None, **settings):
     return model.train()
 
 
-def layers_of(model) -> list[nn.Module]:
-    return [getattr(model.base_model.model, name) for name in NAMES]
-
-
 def in_float64(model) -> nn.Module:
     """The same adapters over the unpacked numbers."""
-    base = Three().double()
+    base = Three(False, WIDTH, OUTS).double()
     for name, layer in zip(NAMES, layers_of(model), strict=True):
         weight = layer.base_layer.weight
         numbers = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
@@ -169,7 +161,7 @@ def _in_the_layout_of_inference(model):
 
 
 def _in_8_bits():
-    base = Three()
+    base = Three(False, WIDTH, OUTS)
     for name in NAMES:
         linear = getattr(base, name)
         layer = bitsandbytes.nn.Linear8bitLt(WIDTH, len(linear.weight), bias=False)
@@ -209,7 +201,7 @@ def test_packed_weights_stay_where_activations_are_offloaded():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_plans_stand_in_takes_the_memory_of_the_packed_layer(dtype):
-    real, planned = adapted(dtype), Three().to(dtype)
+    real, planned = adapted(dtype), Three(False, WIDTH, OUTS).to(dtype)
     stand_in_for_packed(planned)
     assert isinstance(planned.q, PackedStandIn)
     planned = get_peft_model(planned, LoraConfig(r=4, target_modules=[*NAMES])).train()

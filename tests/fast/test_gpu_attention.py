@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from adapted import with_adapter
+from asked import Asked
 from tolerances import FAST_FLOAT64, FAST_GRADIENT_FLOAT32
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.errors import CannotContinue
 from finetune.fast import attention as attention_module
@@ -131,22 +131,14 @@ def test_keys_that_many_look_at_are_gathered_at_once():
     def num_operations(documents):
         paths = [Path([(0, 3), (n, n + 2)], 2) for n in range(3, 3 + 2 * documents, 2)]
         key = torch.randn(3 + 2 * documents, 2, 4, dtype=torch.bfloat16, requires_grad=True)
-        with Counting() as counting:
+        with Asked() as asked:
             seen, _ = gpu_attention._seen(key, key.detach(), paths)
             seen.sum().backward()
         assert seen.shape == (5 * documents, 2, 4)
         assert key.grad[0, 0, 0] == documents
-        return counting.number
+        return asked.counts.total()
 
     assert num_operations(100) == num_operations(2)
-
-
-class Counting(TorchDispatchMode):
-    number = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.number += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

@@ -23,10 +23,10 @@ NAMES = ("q", "k", "v")
 
 
 class Three(nn.Module):
-    def __init__(self, bias: bool = False) -> None:
+    def __init__(self, bias: bool = False, width: int = 16, outs=(12, 6, 20)) -> None:
         super().__init__()
-        for name, out in zip(NAMES, (12, 6, 20), strict=True):
-            setattr(self, name, nn.Linear(16, out, bias=bias))
+        for name, out in zip(NAMES, outs, strict=True):
+            setattr(self, name, nn.Linear(width, out, bias=bias))
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [getattr(self, name)(x) for name in NAMES]
